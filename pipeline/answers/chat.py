@@ -1,4 +1,4 @@
-"""Conversations as token ids, by the chat template of a model's own tokenizer."""
+"""Turn conversations into token ids with the chat template of a model's own tokenizer."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ from capgap.schemas.errors import BadRecordError, InputError
 from capgap.schemas.judge_results import NUM_TURNS, Question, Reply
 from capgap.schemas.run_judge import AnswerSettings
 
-# What a conversation may grow by beyond its questions and its answers: an answer that is decoded and encoded again, as
-# it stands before the second question, may take more tokens than were generated.
+# Room for the answers, in multiples of `max_tokens`. There are two answers; the third is a reserve, as the first answer
+# is decoded and encoded again before the second question, and may then take more tokens than were generated.
 _GROWTH = 3
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """What a model is to continue.
+    """Token ids for a model to continue, and how to sample the continuation.
 
     Attributes:
-        ids: of the conversation, up to where the model speaks.
-        max_tokens: longest answer.
-        temperature: 0 takes the top-1 token.
-        top_p: answers are sampled from the most probable tokens that together hold it.
-        seed: of the samples.
+        ids: ids of the conversation, up to the place of the model's answer.
+        max_tokens: largest number of tokens of the answer.
+        temperature: sampling temperature; 0 always takes the most probable token.
+        top_p: each token is sampled from the most probable tokens whose probabilities sum to at least `top_p`.
+        seed: seed of the sampling.
     """
 
     ids: tuple[int, ...]
@@ -44,14 +44,14 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Generated:
-    """What a prompt was continued with.
+    """The continuation of a prompt.
 
     Attributes:
-        ids: without the one that ended it.
-        finish: `stop` if the model ended it.
-        end_id: the one that ended it; None where none did.
-        logprobs: the model's own of each of them, the one that ended it included, at temperature 1 and over the whole
-            vocabulary; empty where nobody wanted to know them.
+        ids: generated ids, without the id that ended the continuation.
+        finish: `stop` if the model ended the continuation, `length` if it reached `max_tokens`.
+        end_id: the id that ended the continuation; None for `length`.
+        logprobs: the model's logprob of each generated id, `end_id` included, at temperature 1 and over the whole
+            vocabulary; empty unless they were asked for.
     """
 
     ids: tuple[int, ...]
@@ -61,18 +61,18 @@ class Generated:
 
 
 class Chat:
-    """One model's way of writing conversations.
+    """Writes the prompts of one model and reads its answers.
 
     Args:
-        tokenizer: the model's.
-        where: the model, for errors.
-        settings: how it answers.
-        max_positions: of the model; None where nothing bounds it.
-        questions: all that it is asked.
+        tokenizer: the model's tokenizer.
+        where: folder or id of the model, also for errors.
+        settings: settings of the answers.
+        max_positions: longest sequence that the model takes, in tokens; None for no limit.
+        questions: all questions that the model is asked.
 
     Attributes:
-        length: tokens of the longest conversation that is possible.
-        stop_ids: at which an answer ends.
+        length: number of tokens of the longest possible conversation.
+        stop_ids: ids that end an answer.
 
     Raises:
         InputError: the tokenizer has no chat template, or one that cannot be used.
@@ -96,7 +96,7 @@ class Chat:
         self.length = wanted if max_positions is None else min(wanted, max_positions)
 
     def prompt(self, question: Question, answers: Sequence[str]) -> Prompt | None:
-        """The conversation up to the answer that comes next; None where it leaves no room for one."""
+        """Return the prompt for the next answer of a conversation; None where there is no room for an answer."""
         ids = self._ids(question, answers)
         room = self.length - len(ids)
         if room < 1:
@@ -111,13 +111,13 @@ class Chat:
         )
 
     def reply(self, made: Generated) -> Reply:
-        """What an answer says, without special tokens, and without ids that are only there to pad the vocabulary."""
+        """Return the text of an answer, without special tokens and without ids of the vocabulary's padding."""
         known = [one for one in made.ids if one < len(self._tokenizer)]
         text = str(self._tokenizer.decode(known, skip_special_tokens=True)).strip()
         return Reply(text=text, num_tokens=len(made.ids), finish=made.finish)
 
     def temperature_of(self, question: Question) -> float:
-        """The temperature at which a question is answered."""
+        """Return the temperature at which a question is answered."""
         return self._settings.temperature_of(question.category)
 
     def _ids(self, question: Question, answers: Sequence[str]) -> list[int]:
@@ -127,7 +127,7 @@ class Chat:
             if i < len(answers):
                 messages.append({"role": "assistant", "content": answers[i]})
         try:
-            # what people and models say is text, and no special token, as everywhere in a corpus
+            # text that looks like a special token stays text, as everywhere in a corpus
             plain = plain_messages(messages, self._specials)
             text = self._template.render(plain, [], f"question {question.question_id}", asks=True)
         except BadRecordError as error:
@@ -135,7 +135,7 @@ class Chat:
                 "the chat template cannot be used",
                 where=self._where,
                 found=error.found,
-                expected="one that takes the roles user and assistant",
+                expected="a template for the roles user and assistant",
             ) from None
         return list(self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
@@ -146,19 +146,21 @@ def require_template(template: object, where: str) -> None:
         raise InputError(
             "the tokenizer has no chat template",
             where=where,
-            expected="one, to write conversations with",
+            expected="a chat template, to write conversations",
             fix="use a tokenizer with a chat template in corpus.tokenizer, or leave judge out",
         )
 
 
 def stop_ids(tokenizer: PreTrainedTokenizerBase, where: str) -> tuple[int, ...]:
-    """The end of text, and what the model says beside it: chat models end a turn in another way.
+    """Return the ids that end an answer: the tokenizer's end-of-sequence token and those of generation_config.json.
+
+    Chat models often end a turn with another token than a text.
 
     Raises:
         InputError: the model's generation_config.json cannot be used.
     """
     found = set() if tokenizer.eos_token_id is None else {int(tokenizer.eos_token_id)}
-    # of a folder or of an id; many models have none
+    # None for the many models without this file
     path = cached_file(where, GENERATION_CONFIG_NAME, _raise_exceptions_for_missing_entries=False)
     if path is not None:
         try:
@@ -169,12 +171,12 @@ def stop_ids(tokenizer: PreTrainedTokenizerBase, where: str) -> tuple[int, ...]:
                 f"{GENERATION_CONFIG_NAME} cannot be used",
                 where=where,
                 found=str(error)[:200],
-                expected="an object whose eos_token_id is a token's id or several",
+                expected="an object whose eos_token_id is one token id or a list of them",
                 fix="download that file again",
             ) from None
     return tuple(sorted(found))
 
 
 def _seed(seed: int, question_id: int | str, turn: int) -> int:
-    """A seed of 32 bits, independent of which other questions are asked."""
+    """Return a seed of 32 bits that does not depend on the other questions."""
     return int.from_bytes(hashlib.sha256(f"{seed} {question_id} {turn}".encode()).digest()[:4], "big")

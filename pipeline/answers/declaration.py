@@ -1,4 +1,4 @@
-"""What the rest of the pipeline knows of the answers stage."""
+"""The declaration of the answers stage, which is all that the rest of the pipeline knows about it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from capgap.schemas.run_file import RunFile
 
 
 def answering(run: RunFile) -> list[Instance]:
-    """One instance for each model that answers."""
+    """Return one instance of the stage for each model that answers."""
     return [] if run.judge is None else measured_models(run, "answers", run.asks_teacher("judge"))
 
 
@@ -27,7 +27,7 @@ def _decisive(run: RunFile, instance: Instance) -> dict[str, Any]:
 
 
 def _sources(run: RunFile, instance: Instance) -> list[Path]:
-    """The user's questions; of capgap's own a digest is among the settings."""
+    """Return the file of the user's questions; capgap's own questions are covered by a digest in the settings."""
     if run.judge is None or run.judge.questions is None:
         return []
     path = Path(run.judge.questions)

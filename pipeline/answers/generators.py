@@ -1,4 +1,4 @@
-"""What continues prompts: vLLM, or transformers where there is none."""
+"""Generators that continue prompts, with vLLM or with transformers."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from capgap.pipeline.cache.vllm_submission import finished_requests
 from capgap.pipeline.models.load import load_model
 from capgap.schemas.errors import CapgapError, InputError, MachineError
 
-# Conversations that are answered at once.
+# Number of conversations that are answered in one batch.
 BATCH_QUESTIONS = 32
 
 _BATCH_TOKENS = 8192
@@ -35,28 +35,28 @@ Told = Callable[[float], None] | None
 
 
 class Generator(Protocol):
-    """Continues prompts."""
+    """Something that continues prompts."""
 
     def generate(self, prompts: Sequence[Prompt], told: Told = None) -> list[Generated]:
-        """One continuation a prompt. Equal prompts beside equal others are continued alike.
+        """Return one continuation per prompt. The same prompts in one call always get the same continuations.
 
-        `told` hears of each prompt as soon as it is continued.
+        `told` is called with 1 as soon as a prompt is continued.
         """
 
     def close(self) -> None:
-        """Leave the device."""
+        """Free the device's memory."""
 
 
 class TransformersGenerator:
-    """One prompt at a time.
+    """A generator that continues one prompt at a time with transformers.
 
     Args:
         path: folder or id of the model.
-        stop_ids: at which an answer ends.
+        stop_ids: ids that end an answer.
         device: `cpu` or a GPU's name.
-        dtype: of weights and activations; `auto` as they were saved.
-        trust_remote_code: run code that comes with the model.
-        with_logprobs: hand out the logprob of each token too.
+        dtype: dtype of weights and activations; `auto` is the dtype of the saved weights.
+        trust_remote_code: whether to run code that comes with the model.
+        with_logprobs: whether to return the logprob of each token.
 
     Raises:
         InputError: the model cannot be loaded.
@@ -75,14 +75,14 @@ class TransformersGenerator:
         self._with_logprobs = with_logprobs
         chosen = None if dtype == "auto" else getattr(torch, dtype)
         self._model: Any = load_model(path, device, chosen, trust_remote_code)
-        # what the folder says of sampling is not what was asked for
+        # the model's own generation_config.json must not change how answers are sampled
         self._model.generation_config = GenerationConfig()
 
     def generate(self, prompts: Sequence[Prompt], told: Told = None) -> list[Generated]:
-        """As `Generator.generate`.
+        """Return one continuation per prompt.
 
         Raises:
-            InputError: logits are not finite.
+            InputError: the model's logits are not finite.
         """
         made = []
         for prompt in prompts:
@@ -92,7 +92,7 @@ class TransformersGenerator:
         return made
 
     def close(self) -> None:
-        """As `Generator.close`."""
+        """Drop the model, which frees the device's memory."""
         del self._model
 
     def _continue(self, prompt: Prompt) -> Generated:
@@ -115,7 +115,7 @@ class TransformersGenerator:
                 if "probability tensor" not in str(error):
                     raise
                 raise InputError(
-                    "what it answers cannot be sampled", where=self._path, found="logits that are not finite"
+                    "the model's answers cannot be sampled", where=self._path, found="logits that are not finite"
                 ) from None
         ids = made.sequences[0, ids_1L.shape[1] :].tolist()
         logprobs: list[float] = []
@@ -128,20 +128,20 @@ class TransformersGenerator:
 
 
 class VllmGenerator:
-    """All prompts of a call side by side, in this process.
+    """A generator that continues all prompts of a call in parallel, with vLLM in this process.
 
     Args:
         path: folder or id of the model.
-        stop_ids: at which an answer ends.
-        length: tokens of a prompt and its answer at most.
+        stop_ids: ids that end an answer.
+        length: largest number of tokens of a prompt and its answer together.
         device: `cpu` or a GPU's name.
-        dtype: of weights and activations; `auto` as they were saved.
+        dtype: dtype of weights and activations; `auto` is the dtype of the saved weights.
         gpu_memory_fraction: share of a GPU's memory that vLLM may claim.
-        trust_remote_code: run code that comes with the model.
-        section: of the run file, that asks for it.
-        num_at_once: answers that are written side by side.
-        with_logprobs: hand out the logprob of each token too; the head then computes in float32.
-        num_devices: that the model is spread over.
+        trust_remote_code: whether to run code that comes with the model.
+        section: section of the run file that asks for answers, for errors.
+        num_at_once: number of answers that are generated in parallel.
+        with_logprobs: whether to return the logprob of each token; the head then computes in float32.
+        num_devices: number of devices that the model is spread over.
 
     Raises:
         MachineError: vLLM is not installed, or cannot run the model here.
@@ -174,7 +174,7 @@ class VllmGenerator:
         if device == "cpu":
             more = memory_settings(config, device, _BATCH_TOKENS, length, gpu_memory_fraction, 1, 1)
         if with_logprobs:
-            # as the cache has it: the logprobs of both are then those of one arithmetic
+            # the same settings as in the cache, so that the logprobs of both come from the same arithmetic
             more |= head_settings(config)
         if num_devices > 1:
             more |= {"tensor_parallel_size": num_devices, "distributed_executor_backend": "mp"}
@@ -184,7 +184,7 @@ class VllmGenerator:
                 **llm_settings(path, config, device, trust_remote_code, dtype),
                 max_model_len=length,
                 max_num_seqs=num_at_once,
-                # A prompt that is read in parts moves its answer's random numbers on, and a CPU's cannot be moved back.
+                # Each chunk of a prompt would advance the random numbers of its answer, which a CPU cannot undo.
                 enable_chunked_prefill=False,
                 max_num_batched_tokens=max(_BATCH_TOKENS, length, num_at_once),
                 seed=0,
@@ -195,7 +195,7 @@ class VllmGenerator:
             self._llm.collective_rpc("capgap_die_with", args=(os.getpid(),))
 
     def generate(self, prompts: Sequence[Prompt], told: Told = None) -> list[Generated]:
-        """As `Generator.generate`.
+        """Return one continuation per prompt.
 
         Raises:
             MachineError: the engine fails or runs out of memory.
@@ -210,7 +210,7 @@ class VllmGenerator:
                 max_tokens=prompt.max_tokens,
                 stop_token_ids=self._stop_ids,
                 detokenize=False,
-                # the sampled token's alone
+                # 0 returns the logprob of the sampled token only
                 logprobs=0 if self._with_logprobs else None,
                 output_kind=vllm.sampling_params.RequestOutputKind.FINAL_ONLY,
             )
@@ -227,7 +227,7 @@ class VllmGenerator:
         return [made[place] for place in range(len(prompts))]
 
     def close(self) -> None:
-        """As `Generator.close`."""
+        """Shut vLLM down, which frees the device's memory."""
         self._llm.llm_engine.engine_core.shutdown()
 
     def _generated(self, output: Any) -> Generated:
@@ -246,7 +246,7 @@ def _generated(ids: Sequence[int], stop_ids: Sequence[int], logprobs: Sequence[f
 
 @contextlib.contextmanager
 def _one_line(what: str, section: str) -> Iterator[None]:
-    """A fault within vLLM, said in one line."""
+    """Turn an error inside vLLM into a MachineError of one line."""
     try:
         yield
     except CapgapError:
@@ -256,6 +256,6 @@ def _one_line(what: str, section: str) -> Iterator[None]:
             what,
             where=f"{section}.engine: vllm",
             found=" ".join(f"{type(error).__name__}: {error}".split())[:300],
-            fix=f"set VLLM_LOGGING_LEVEL=INFO to see more, change {section}.gpu_memory_fraction, or let answers be "
+            fix=f"set VLLM_LOGGING_LEVEL=INFO to see more, change {section}.gpu_memory_fraction, or make answers "
             f"shorter; {section}.engine: transformers is the slow way around vLLM",
         ) from error

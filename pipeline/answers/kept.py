@@ -1,4 +1,4 @@
-"""Answers on disk: a line each. Whoever only reads them needs no model."""
+"""Read and write the answers on disk, one per line, without needing a model."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from capgap.schemas.judge_results import Answered
 
 
 def read_answers(path: Path) -> tuple[Answered, ...]:
-    """The lines of an `answers.jsonl`."""
+    """Read the answers of an `answers.jsonl`."""
     return tuple(Answered.model_validate_json(line) for line in path.read_bytes().splitlines())
 
 
 def write_answers(path: Path, answered: Sequence[Answered]) -> None:
-    """The file as a whole, or none."""
+    """Write the answers to a file atomically."""
     write_atomically(path, "".join(one.model_dump_json() + "\n" for one in answered))

@@ -1,7 +1,8 @@
-"""The answers stage: one model of the run answers every question, both turns.
+"""The answers stage: one model of the run answers both turns of every question.
 
-Questions go to the model in batches of fixed members, first all first turns of a batch, then all second ones. A batch
-is answered as a whole or not at all, so that a stage that was killed ends with the answers of one that was not.
+Questions go to the model in batches whose members are fixed: first all first turns of a batch, then all second turns. A
+batch is answered as a whole or not at all, so a stage that was killed and restarted ends with the same answers as one
+that was not.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ _NO_ROOM = Reply(text="", num_tokens=0, finish="no_room")
 
 
 def check(run: RunFile, instance: Instance, inputs: Mapping[str, StageInput]) -> None:
-    """Refuse what can be seen before a model is loaded.
+    """Refuse errors that can be found before a model is loaded.
 
     Raises:
         InputError: the questions cannot be read, or the model's tokenizer has no chat template.
@@ -40,7 +41,7 @@ def check(run: RunFile, instance: Instance, inputs: Mapping[str, StageInput]) ->
 
 
 def run(context: StageContext) -> StageResult:
-    """Answer what has no answer yet, and write `answers.jsonl`.
+    """Answer the questions that have no answer yet, and write `answers.jsonl`.
 
     Raises:
         InputError: the questions cannot be read, or the tokenizer's chat template cannot be used.
@@ -83,7 +84,7 @@ def run(context: StageContext) -> StageResult:
 
 
 def _answer(questions: Sequence[Question], chat: Chat, generator: Generator) -> list[Answered]:
-    """All first turns, then all second ones."""
+    """Answer a batch of questions: first all first turns, then all second turns."""
     replies: list[list[Reply]] = [[] for _ in questions]
     for _ in range(NUM_TURNS):
         prompts = [

@@ -1,4 +1,4 @@
-"""Scored sequences into the records of a shard, and documents of a sequence into requests of their own and back.
+"""Convert sequences into requests, the rows of requests into rows of sequences, and scored sequences into targets.
 
 Legend: B sequences, L targets, K ids kept, n samples, D distinct ids of the block.
 """
@@ -19,11 +19,11 @@ from capgap.schemas.run_corpus import ContextRule
 
 
 def to_requests(tokens_L1: IntArray, starts_L1: BoolArray, context: ContextRule) -> list[Request]:
-    """What the engine is asked for one sequence: all of it, or under the rule `document` each document by itself.
+    """Return the requests for one sequence: the whole sequence, or under the rule `document` each document by itself.
 
-    A document's request ends with the token after it, which is the label of its last target: that target is what the
-    teacher expects after the document, whatever follows. A document that began in an earlier sequence begins anew.
-    Its samples depend on sequence and place, so that a document that comes twice is sampled twice.
+    A document's request ends with the token after the document, which is the label of its last target: this target is
+    what the teacher expects after the document, whatever follows. A document that continues from an earlier sequence is
+    scored as if it began here. Samples depend on sequence and place, so equal documents get independent samples.
     """
     if context == "packed":
         return [Request(tokens_L1)]
@@ -35,7 +35,7 @@ def to_requests(tokens_L1: IntArray, starts_L1: BoolArray, context: ContextRule)
 
 
 def join(parts: Sequence[Scored]) -> Scored:
-    """The rows of a sequence's requests, one after the other."""
+    """Concatenate the rows of a sequence's requests."""
     if len(parts) == 1:
         return parts[0]
     rows = [field.name for field in dataclasses.fields(Scored) if field.name != "top_logprob"]
@@ -44,7 +44,7 @@ def join(parts: Sequence[Scored]) -> Scored:
 
 
 def to_targets(scored: Sequence[Scored], recording: RecordingName) -> Targets:
-    """The targets of one block in one of the recordings."""
+    """Return the targets of one block of sequences in one of the recordings."""
     label_logprobs_BL = np.stack([s.label_logprobs_L for s in scored])
     if recording == "sampled":
         return _count(np.stack([s.samples_Ln for s in scored]), label_logprobs_BL)
@@ -62,7 +62,7 @@ def _place_digest(sequence: bytes, first: int) -> bytes:
 
 
 def _count(samples_BLn: IntArray, label_logprobs_BL: FloatArray) -> SampledTargets:
-    """Run lengths of each row's ascending samples."""
+    """Return the distinct ids of each row and their counts, which are the run lengths of its ascending samples."""
     num_samples = samples_BLn.shape[2]
     samples_Nn = samples_BLn.reshape(-1, num_samples)
     first_Nn = np.ones(samples_Nn.shape, dtype=np.bool_)

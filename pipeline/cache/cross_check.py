@@ -1,18 +1,18 @@
-"""vLLM held against transformers before the first shard: do both compute the same teacher?
+"""Compare vLLM with transformers before the first shard: do both compute the same teacher?
 
-    transformers in float32 -----------> label logprobs --+--> own_rms_nats: what rounding does
+    transformers in float32 -----------> label logprobs --+--> own_rms_nats: the effect of rounding
     transformers in the cache's dtype -> label logprobs --+
-    vLLM, which scores the cache ------> label logprobs -----> rms_nats, against those in float32
+    vLLM, which scores the cache ------> label logprobs -----> rms_nats, the distance from float32
 
-The teacher stands on the device once at a time: the two of transformers are gone before vLLM starts. The sequences are
-the first of the cache, whole, so that a window of attention or a rotation that is stretched takes part.
+Only one copy of the teacher is on the device at a time: both models of transformers are gone before vLLM starts. The
+sequences are the first of the cache, uncut, so that sliding-window attention and stretched rotary embeddings take part.
 
-Two sound engines of one dtype are about equally far from float32, since rounding is all that is wrong with either: four
-times as far is allowed. In float32 itself there is nothing to measure by, and 1e-3 nats are allowed, as they are in any
-case: a divergence of 5e-7 nats a token, which is nothing to a student. Nearly all of docs/architectures.md are 1e-5
-nats apart in float32, one is 5e-4; engines that disagree about a window of attention are 0.1.
+Two sound engines in one dtype are about equally far from float32, since rounding is the only error of both: vLLM may be
+four times as far. In float32 there is no such distance to compare with. Therefore 1e-3 nats are always allowed: a
+divergence of 5e-7 nats/token, which does not matter to a student. Nearly all models of docs/architectures.md are 1e-5
+nats apart in float32, and one is 5e-4; engines that disagree about an attention window are 0.1 nats apart.
 
-The answer is kept in the work folder: a stage that goes on, or another slice of it, does not ask again.
+The result is kept in the work folder, so that a restarted stage or another slice does not compare again.
 """
 
 from __future__ import annotations
@@ -45,14 +45,14 @@ FLOOR_NATS = 1e-3
 _NUM_SEQUENCES, _NUM_TOKENS, _LONGEST = 4, 4096, 8192
 _DTYPES = ("float32", "bfloat16", "float16")
 _BATCH_TOKENS, _CHUNK_ROWS = 2048, 256
-# of activations and the logits of a chunk, beside the weights
+# factor on the size of the weights that leaves room for activations and the logits of a chunk
 _ROOM = 1.2
 
 Labels = npt.NDArray[np.float64]
 
 
 class CheckedShardScorer(ShardScorer):
-    """A scorer of shards that holds vLLM against transformers when it starts it, unless that was done."""
+    """A scorer of shards that compares vLLM with transformers when the teacher starts, if no process did so before."""
 
     def _start(self) -> Engine:
         return start_cross_checked(self.job, super()._start, self.first_requests)
@@ -61,26 +61,26 @@ class CheckedShardScorer(ShardScorer):
 def start_cross_checked(
     job: CacheJob, start: Callable[[], Engine], first_requests: Callable[[int], list[Request]]
 ) -> Engine:
-    """Start a cache's engine; if it is vLLM and nobody has done so, hold it against transformers.
+    """Start a cache's engine, and compare vLLM with transformers if no process has done so for this cache.
 
     Args:
-        job: of the cache.
-        start: starts the engine.
-        first_requests: what it is asked for that many sequences of the cache.
+        job: the cache's job.
+        start: function that starts the engine.
+        first_requests: function that returns the requests for the given number of first sequences of the cache.
 
     Raises:
-        CapgapError: as the engine. Whatever keeps transformers from an answer is said, and kept as `skipped`.
+        CapgapError: as the engine. A failure of transformers is no error: it is logged, and kept as `skipped`.
     """
     path = job.work / CROSS_CHECK_NAME
     if job.settings.engine != "vllm" or job.settings.cross_check == "never" or path.is_file():
         return start()
     with ProcessLock(path.with_suffix(".lock")) as lock:
         if not lock.exclusive() or path.is_file():
-            return start()  # another process is at it, or was meanwhile
+            return start()  # another process compares now, or has done so meanwhile
         requests = _cut(first_requests(min(max(1, _NUM_TOKENS // job.source.seq_len), _NUM_SEQUENCES)))
         values = _by_transformers(job, requests)
         engine = start()
-        begin_phase("holds vLLM against transformers on a few sequences")
+        begin_phase("compares vLLM with transformers on a few sequences")
         try:
             found = values if isinstance(values, CrossCheck) else compared(*values, _labels(engine, requests))
         except BaseException:
@@ -94,15 +94,15 @@ def start_cross_checked(
 
 
 def read_cross_check(work: Path) -> CrossCheck | None:
-    """What was found, by whichever process; None where nothing was compared."""
+    """Return the result of the comparison, by whichever process; None where nothing was compared."""
     return read_sidecar(work / CROSS_CHECK_NAME, CrossCheck)
 
 
 def needed_bytes(job: CacheJob) -> int:
-    """What the teacher takes of a device's memory in float32: its weights, and its head, of which an engine has a copy.
+    """Return the bytes that the teacher takes on a device in float32: its weights, and the engine's copy of its head.
 
     Raises:
-        InputError: transformers cannot make it.
+        InputError: transformers cannot make this model.
     """
     model = empty_model(load_config(job.teacher, job.trust_remote_code), job.trust_remote_code)
     num_weights = sum(parameter.numel() for parameter in model.parameters())
@@ -110,7 +110,14 @@ def needed_bytes(job: CacheJob) -> int:
 
 
 def compared(dtype: str, exact: Labels, own: Labels, found: Labels) -> CrossCheck:
-    """The record of logprobs of the same labels: transformers' in float32 and in the cache's dtype, and vLLM's."""
+    """Compare three arrays of logprobs of the same labels.
+
+    Args:
+        dtype: the cache's dtype.
+        exact: logprobs by transformers in float32.
+        own: logprobs by transformers in the cache's dtype.
+        found: logprobs by vLLM.
+    """
     own_nats = _rms(own - exact)
     return CrossCheck(
         num_labels=len(found),
@@ -122,7 +129,7 @@ def compared(dtype: str, exact: Labels, own: Labels, found: Labels) -> CrossChec
 
 
 def _by_transformers(job: CacheJob, requests: Sequence[Request]) -> tuple[str, Labels, Labels] | CrossCheck:
-    """The cache's dtype, the labels' logprobs in float32 and those in that dtype; or why there are none."""
+    """Return the cache's dtype and the labels' logprobs in float32 and in that dtype; or why they were skipped."""
     try:
         config = load_config(job.teacher, job.trust_remote_code)
         if getattr(config, "quantization_config", None) is not None:
@@ -138,7 +145,7 @@ def _by_transformers(job: CacheJob, requests: Sequence[Request]) -> tuple[str, L
             )
         exact = _labels_in("float32", job, requests)
         return dtype, exact, exact if dtype == "float32" else _labels_in(dtype, job, requests)
-    except Exception as error:  # no reason not to make the cache: it does not need transformers
+    except Exception as error:  # the cache itself does not need transformers, so it is made anyway
         return CrossCheck(skipped=f"transformers failed: {first_line(error)[:300]}")
 
 
@@ -160,7 +167,7 @@ def _labels(engine: Engine, requests: Sequence[Request]) -> Labels:
 
 
 def _cut(requests: Sequence[Request]) -> list[Request]:
-    """The longest sequences end where the cost of one is bounded."""
+    """Cut each request to `_LONGEST` targets, which bounds the cost of the comparison."""
     return [Request(one.tokens_L1[: _LONGEST + 1], one.key) for one in requests]
 
 

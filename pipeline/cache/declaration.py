@@ -1,4 +1,4 @@
-"""What the rest of the pipeline knows of the cache stage."""
+"""The declaration of the cache stage, which is all that the rest of the pipeline knows about it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from capgap.schemas.run_file import RunFile
 
 
 def _text(instance: Instance) -> str:
-    """What is scored: the corpus, or the text of the round."""
+    """Return the name of the stage whose text is scored: the corpus, or the generate stage of the same round."""
     if instance.round is None:
         return "corpus"
     return Instance("generate", instance.arm, instance.seed, instance.round).name

@@ -1,6 +1,7 @@
-"""Arguments of vLLM's own that a run file gives, `cache.engine_args`: checked by name before anything is made.
+"""Checks of `cache.engine_args`, the arguments of vLLM in a run file, by name and before anything is made.
 
-What would change what a row is, or read it otherwise than it is written, is refused with the setting to use instead.
+An argument that capgap has a setting for is refused with the name of that setting, and an argument that would change
+the content of a row is refused with the reason.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ _OWN_SETTINGS = {
     "max_model_len": "corpus.seq_len",
     "hf_token": "the environment variable HF_TOKEN",
 }
-"""What capgap has a setting for."""
+"""Arguments of vLLM that capgap has a setting for, and the setting."""
 
 _IDS = "capgap hands token ids in and takes rows out, without vLLM's tokenizer"
 _CACHED = "a token that was computed before gets no row"
@@ -56,7 +57,7 @@ _BREAKING = {
     "enable_sleep_mode": "nobody would wake the engine",
     "data_parallel_rank": "cache.replicas are engines of their own, each with all of its shards",
 }
-"""What would make rows something else than a cache says they are, and what that is."""
+"""Arguments of vLLM that would make a cache's rows wrong or incomplete, and the reason."""
 
 _LOAD_FORMATS = (
     "safetensors",
@@ -66,7 +67,7 @@ _LOAD_FORMATS = (
     "runai_streamer_sharded",
     "bitsandbytes",
 )
-"""What reads weights without opening anything that is pickled."""
+"""Values of `load_format` that never open a pickled file."""
 
 
 def require_engine_args(given: Mapping[str, Any]) -> None:
@@ -85,14 +86,14 @@ def require_engine_args(given: Mapping[str, Any]) -> None:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
             fix = f"did you mean {near[0]}?" if near else None
-            raise SettingError("no argument of this vLLM", where=where, found=value, fix=fix)
+            raise SettingError("this vLLM has no such argument", where=where, found=value, fix=fix)
         if name in _OWN_SETTINGS:
             raise SettingError(
                 "capgap has a setting for it",
                 where=where,
                 found=value,
                 expected=_OWN_SETTINGS[name],
-                fix="use that one",
+                fix="use that setting",
             )
         if name in _BREAKING:
             raise SettingError(
@@ -105,7 +106,7 @@ def require_engine_args(given: Mapping[str, Any]) -> None:
 
 
 def with_engine_args(settings: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of `vllm.LLM`: capgap's own, over which the run file's win; `hf_overrides` add up."""
+    """Return the arguments of `vllm.LLM`: capgap's own, replaced by the run file's; `hf_overrides` are merged."""
     own, others = dict(settings.get("hf_overrides", {})), dict(given)
     overrides = others.pop("hf_overrides", {})
     return {**settings, **others, "hf_overrides": own | overrides}

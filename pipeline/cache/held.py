@@ -1,7 +1,7 @@
-"""What the cache stage holds of the machine's memory: the targets of the shards that it is at, and a server's answers.
+"""The memory that the cache stage holds on the machine: the targets of the shards in work, and a server's answers.
 
-One shard is with the teacher while others are encoded and written. Each is arrays whose sizes follow from the settings,
-so that the most that is held is known before the teacher is started.
+The teacher scores one shard while others are encoded and written. The sizes of their arrays follow from the settings,
+so the peak is known before the teacher starts.
 """
 
 from __future__ import annotations
@@ -10,17 +10,23 @@ from capgap.pipeline.stage.events import event
 from capgap.schemas.errors import MachineError
 from capgap.schemas.run_cache import CacheSettings
 
-# A thread encodes about a million tokens a second. With two, three shards are in memory at most: one that the teacher
-# is at, and two in the writing.
+# A thread encodes about a million tokens per second. With two threads at most three shards are in memory: the one that
+# the teacher scores, and two that are being written.
 WRITING_THREADS = 2
 
 
-# A logprob in a server's answer: 84 bytes of JSON, and 385 once it is read, of ids and texts as long as they come.
+# Bytes per logprob of a server's answer: 84 as JSON and 385 after parsing, measured with ids and texts of usual length.
 _ANSWER_BYTES = 500
 
 
 def held_bytes(settings: CacheSettings, shard_targets: int, seq_len: int) -> int:
-    """The most that is held at once, of shards with that many targets in sequences of that many."""
+    """Return the peak memory, in bytes, of the targets (and a server's answers) that the cache stage holds at once.
+
+    Args:
+        settings: settings of the cache.
+        shard_targets: number of targets of the largest shard.
+        seq_len: number of targets of a sequence.
+    """
     num_samples, top_k = settings.num_ids("sampled"), settings.num_ids("topk")
     tail = 4 * (1 + len(settings.extra_temperatures)) if top_k else 0
     label, sequences = 4, 4 + 1 + 1
@@ -31,12 +37,17 @@ def held_bytes(settings: CacheSettings, shard_targets: int, seq_len: int) -> int
 
 
 def require_room(settings: CacheSettings, shard_targets: int, seq_len: int) -> None:
-    """Say what will be held, and refuse what the machine has no room for.
+    """Log the peak memory of the targets, and refuse shards that the machine has no room for.
+
+    Args:
+        settings: settings of the cache.
+        shard_targets: number of targets of the largest shard.
+        seq_len: number of targets of a sequence.
 
     Raises:
-        MachineError: it is more than is free.
+        MachineError: the peak is more than the machine's free memory.
     """
-    # imported here: to plan a cache takes no torch
+    # imported here because it brings torch, which planning a cache does not need
     from capgap.pipeline.train.fits import free_bytes
 
     needed, free = held_bytes(settings, shard_targets, seq_len), free_bytes("cpu")

@@ -1,20 +1,20 @@
-"""Does the teacher that scored the corpus predict its text as well as the teacher stage measured?
+"""Check that the teacher that scored the corpus predicts its text as well as the teacher stage measured.
 
 teacher stage  trains --> label loss of the first held-out sequences, in its totals
 cache stage    scores --> label loss of the same split, from the shards that it wrote --> near, or refused
 
-A label loss is the mean of -log p(next token) over labels, nats/token. Both figures are means over sequences of one
-split, whose spread the shards show, so that the difference of two sound ones has the standard error
+A label loss is the mean of -log p(next token) over labels, in nats/token. Both figures are means over sequences of one
+split, and the shards give the spread between sequences, so the difference of two sound figures has the standard error
 
-    sigma * sqrt(1 / num_sequences of the one + 1 / num_sequences of the other)
+    sigma * sqrt(1 / num_sequences of one figure + 1 / num_sequences of the other)
 
-where sigma is the spread of one sequence's share. Most often they are the same sequences, and differ by far less. Ten
-standard errors and 0.05 nats, for another dtype and engine and for what is rounded in storing, are allowed: no sound
-teacher comes near that, and one whose weights are noise is nats away.
+where sigma is the spread of one sequence's share. Usually both figures use the same sequences and differ by far less.
+Ten standard errors are allowed, and 0.05 nats for another dtype and engine and for the rounding of stored logprobs. No
+sound teacher comes near this limit, and a teacher whose weights are noise is nats away.
 
-A teacher that was given is not measured by its stage, which does not load it. What a model has to reach is not known
-then; a loss that is hardly below the logarithm of the vocabulary, that of knowing nothing, is said and not refused, for
-a model may be as bad as that and still be the one that is meant.
+The teacher stage does not load a given teacher, so it does not measure its loss, and there is nothing to compare with.
+A loss that is hardly below the logarithm of the vocabulary size, the loss of a uniform guess, then gives a warning. It
+is not refused, as a model may be that bad and still be the intended one.
 """
 
 from __future__ import annotations
@@ -31,24 +31,24 @@ from capgap.schemas.manifest import Manifest
 from capgap.schemas.records import ChunkTargets
 
 LABEL_LOSS, NUM_SEQUENCES = "label_loss", "num_label_loss_sequences"
-"""The teacher stage's totals: mean over the labels of so many held-out sequences, nats/token."""
+"""Keys in the teacher stage's totals: the mean loss over labels, nats/token, and the number of held-out sequences."""
 
 _LOG = logging.getLogger("capgap")
 
 _STANDARD_ERRORS = 10.0
 _SLACK_NATS = 0.05
-# of the loss of a model that takes all ids for equally likely
+# share of the loss of a uniform guess from which on a teacher is suspect
 _KNOWS_NOTHING = 0.9
 
 
 @dataclass(frozen=True)
 class LabelLoss:
-    """The label loss of sequences.
+    """The label loss of a set of sequences.
 
     Attributes:
-        mean: over all labels, nats/token.
-        spread: standard deviation of one sequence's share in it, nats/token; NaN of fewer than two sequences.
-        num_sequences: how many there are.
+        mean: mean over all labels, nats/token.
+        spread: standard deviation of one sequence's share in the mean, nats/token; NaN for fewer than two sequences.
+        num_sequences: number of sequences.
     """
 
     mean: float
@@ -57,7 +57,7 @@ class LabelLoss:
 
 
 def label_loss_of(reader: ShardReader) -> LabelLoss | None:
-    """That of all sequences of a shard set, as it was captured; None where they have no label."""
+    """Return the label loss of all sequences of a shard set, by the stored logprobs; None if they have no label."""
     nats, labels = [], []
     for index in range(reader.shard_set.num_members):
         sequences, targets = reader.read(index)
@@ -70,33 +70,33 @@ def label_loss_of(reader: ShardReader) -> LabelLoss | None:
     if not total:
         return None
     mean = float(nats_S.sum() / total)
-    # of a ratio of sums: what each sequence has more than the mean, in units of the mean's labels
+    # linearised ratio of sums: each sequence's excess over the mean loss, scaled to the mean number of labels
     shares_S = (nats_S - mean * labels_S) * len(labels_S) / total
     spread = float(np.sqrt((shares_S**2).sum() / (len(shares_S) - 1))) if len(shares_S) > 1 else math.nan
     return LabelLoss(mean, spread, len(shares_S))
 
 
 def require_as_measured(teacher: Manifest, heldout: ShardReader | None, where: str) -> None:
-    """Refuse a cache that does not fit its teacher's own label loss.
+    """Refuse a cache whose label loss differs from the one that the teacher stage measured.
 
     Args:
         teacher: manifest of the teacher stage.
-        heldout: the cache's held-out sequences, captured at temperature 1; None where it has none such.
-        where: the cache, for errors.
+        heldout: the cache's held-out sequences, captured at temperature 1; None where the cache has none.
+        where: name of the cache in errors.
 
     Raises:
-        MismatchError: the two are farther apart than sequences, dtypes and engines explain.
+        MismatchError: the two losses are farther apart than sequences, dtypes and engines explain.
     """
     expected, num_measured = teacher.totals.get(LABEL_LOSS), teacher.totals.get(NUM_SEQUENCES)
     if not isinstance(expected, float) or not isinstance(num_measured, int) or num_measured < 1:
         return
     found = None if heldout is None else label_loss_of(heldout)
     if found is None or found.num_sequences < 2:
-        _LOG.info("cache: not held against the loss that the teacher stage measured: too few held-out sequences")
+        _LOG.info("cache: not compared with the loss that the teacher stage measured: too few held-out sequences")
         return
     error = found.spread * math.sqrt(1 / found.num_sequences + 1 / num_measured)
     allowed = _STANDARD_ERRORS * error + _SLACK_NATS
-    # not a number is far from everything
+    # written with `not`, so that NaN is refused too
     if not abs(found.mean - expected) <= allowed:
         raise MismatchError(
             "the teacher does not predict the text as well as the teacher stage measured",
@@ -113,11 +113,11 @@ def require_as_measured(teacher: Manifest, heldout: ShardReader | None, where: s
 
 
 def say_if_it_knows_nothing(mean_nats: float, vocab_size: int) -> None:
-    """Warn of a teacher whose label loss is about that of a model that takes all ids for equally likely."""
+    """Warn of a teacher whose mean label loss, in nats/token, is about that of a uniform guess over all ids."""
     most = math.log(vocab_size)
     if not mean_nats <= _KNOWS_NOTHING * most:
         _LOG.warning(
             "cache: the teacher's loss on the corpus is %.2f nats/token, and a model that knows nothing has %.2f: is it"
-            " the model that was meant, and whole?",
+            " the intended model, and complete?",
             *(mean_nats, most),
         )

@@ -1,7 +1,7 @@
-"""Two kinds of work on the same items, the second one of which goes on beside the first.
+"""Two steps of work on the same items, where the second step runs in parallel with the first step of later items.
 
 first(item 0)  first(item 1)  first(item 2) ...          the caller's thread
-               second(0)      second(1)     ...          threads of its own
+               second(0)      second(1)     ...          separate threads
 """
 
 from __future__ import annotations
@@ -18,11 +18,12 @@ Whole = TypeVar("Whole")
 def overlap(
     items: Iterable[Item], first: Callable[[Item], Half], second: Callable[[Half], Whole], num_threads: int
 ) -> Iterator[Whole]:
-    """`second(first(item))` of every item, in the order in which they come to an end.
+    """Yield `second(first(item))` of every item, in the order in which the results are ready.
 
-    `first` runs in the caller's thread, an item at a time and in order; `second` in `num_threads` threads. Where all of
-    them are busy the next result of `first` waits for one, so at most `num_threads` + 1 results of `first` exist at any
-    time. What either raises is raised here, as soon as no `second` is at work any more; items after it are not begun.
+    `first` runs in the caller's thread, one item at a time and in order; `second` runs in `num_threads` threads. When
+    all of them are busy, the next result of `first` waits for a free thread, so at most `num_threads` + 1 results of
+    `first` exist at any time. An exception of `first` or `second` is raised here once no thread is running `second` any
+    more, and later items are not begun.
     """
     running: set[Future[Whole]] = set()
     with ThreadPoolExecutor(num_threads, thread_name_prefix="capgap-second") as pool:

@@ -1,4 +1,4 @@
-"""What can be known of the engine before anything of a run is made."""
+"""Checks of the cache's engine that are possible before any stage of a run begins."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ def require_engine(run: RunFile) -> None:
     """Refuse an engine whose package is not installed, or whose server does not answer.
 
     Raises:
-        MachineError: vLLM is wanted, or Ray for several replicas, and is not there; or the teacher's server is not.
-        SettingError: an argument of vLLM is not to be given; or the server does not serve the teacher.
+        MachineError: vLLM is not installed, or Ray for several replicas, or the teacher's server cannot be reached.
+        SettingError: an argument of `cache.engine_args` is not allowed, or the server does not serve the teacher.
     """
     if run.cache.engine == "vllm" and importlib.util.find_spec("vllm") is None:
-        # imported here: it brings torch
+        # imported here because it brings torch
         from capgap.pipeline.cache.vllm_start import require_vllm
 
         require_vllm()
     if run.cache.engine == "server":
         _require_server(run)
     if run.cache.engine_args:
-        # imported here: vLLM takes seconds
+        # imported here because importing vLLM takes seconds
         from capgap.pipeline.cache.engine_args import require_engine_args
         from capgap.pipeline.cache.vllm_start import set_environment
 

@@ -1,4 +1,4 @@
-"""Turn a finished cache that lost shards back into an unfinished one, so that only those are scored again."""
+"""Turn a finished cache that lost shards back into an unfinished one, so that only the lost shards are scored again."""
 
 from __future__ import annotations
 
@@ -17,20 +17,21 @@ from capgap.schemas.run_cache import RecordingName
 
 
 def reopen(folder: Path, manifest: Manifest) -> bool:
-    """Write down of every shard what was known of it before the cache was finished, then take the manifest away.
+    """Restore the facts and sidecars of each shard from the manifest, then remove the manifest.
 
-    Which shards are whole is found by their digests, as after a kill. Of a shard in quarantine nothing is written down,
-    so that it is made again in every recording: its digest may have been taken of bytes that were damaged already.
+    The next run finds the whole shards by their digests, as after a kill. A shard in quarantine is not restored, so
+    that it is made again in every recording: its digest may have been computed from damaged bytes.
 
     Returns:
-        False, and nothing is done, where the manifest lacks the facts of each shard, as that of an import does.
+        True if the cache was reopened. False if nothing was done, because the manifest lacks the facts of single
+        shards, as the manifest of an import does.
     """
     facts = CacheFacts.model_validate(manifest.facts)
     shards = {name: _all_shards(manifest, name) for name in facts.recordings}
     if any(len(each) != len(facts.scored) for each in shards.values()):
         return False
     quarantined, work = read_quarantine(folder), folder / WORK_FOLDER
-    # what a kill may have left there is older than the quarantine
+    # files that a kill left in the work folder are older than the quarantine
     shutil.rmtree(work, ignore_errors=True)
     for name in (SCORED_FOLDER, SIDECARS_FOLDER):
         (work / name).mkdir(parents=True)
@@ -50,6 +51,6 @@ def reopen(folder: Path, manifest: Manifest) -> bool:
 
 
 def _all_shards(manifest: Manifest, recording: RecordingName) -> list[ShardEntry]:
-    """All shards of one recording in the order of the facts: those to train on, then the held-out ones."""
+    """Return all shards of one recording in the order of the facts: the training shards, then the held-out shards."""
     names = (recording, heldout_set(recording))
     return [shard for name in names if name in manifest.shard_sets for shard in manifest.shard_sets[name].shards]

@@ -1,6 +1,6 @@
-"""Several engines at once, each an actor of Ray with devices of its own: on this machine, or on a cluster.
+"""Several engines at once, each a Ray actor with its own devices, on this machine or on a cluster.
 
-Each takes the lease on its devices, starts its teacher, and is handed shards by a `Fleet`.
+Each actor takes the lease on its devices, starts its teacher, and gets shards from a `Fleet`.
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ from capgap.pipeline.stage.fleet import CountedReplica, Fleet, require_seen
 from capgap.pipeline.stage.lease import LeaseRequest
 from capgap.pipeline.stage.ray_cluster import ray_cluster
 
-# one that the teacher is at, and one that is encoded and written meanwhile
+# the teacher scores one shard while another is encoded and written
 _IN_FLIGHT = 2
 _SETTING = "cache.replicas"
 
 
 def make_by_replicas(job: CacheJob, indices: list[int], context: StageContext) -> Iterator[tuple[int, FinishedShard]]:
-    """Make these shards, and yield each with its index as it is finished.
+    """Make the given shards by replicas, and yield each index and shard as it is finished.
 
     Args:
-        job: of the cache.
-        indices: of shards that are not finished; no more replicas than these are started.
-        context: of the stage: says how many replicas there are, and how they take the lease on a device.
+        job: the cache's job; its settings say how many replicas there are.
+        indices: indices of the shards to be made; no more replicas than shards are started.
+        context: the stage's context, which says how a replica takes the lease on a device.
 
     Raises:
         MachineError: Ray is not installed, there are too few devices, or replicas keep dying.
-        CapgapError: as `ShardScorer`; whatever the user can mend is raised at once.
+        CapgapError: as `ShardScorer`; an error that the user can fix is raised at once.
     """
     num_replicas = min(job.settings.replicas, len(indices))
     claim = LeaseRequest(context.holder, context.wait, context.group)
@@ -46,9 +46,9 @@ def make_by_replicas(job: CacheJob, indices: list[int], context: StageContext) -
 
 
 class Replica(CountedReplica):
-    """An engine in a process of its own.
+    """An engine in its own process.
 
-    Calls come from two threads at a time: a shard is written beside the scoring of the next.
+    Two threads may call it at a time: one shard is written while the next one is scored.
     """
 
     def __init__(self, job: CacheJob, claim: LeaseRequest) -> None:
@@ -73,7 +73,7 @@ class Replica(CountedReplica):
         self._teacher.submit(self._scorer.start).result()
 
     def make(self, index: int) -> FinishedShard:
-        """As `ShardScorer.make`."""
+        """Score and write shard `index`, unless it is finished already."""
         assert self._scorer is not None
         found = self._scorer.finished(index)
         if found is not None:
@@ -82,7 +82,7 @@ class Replica(CountedReplica):
 
 
 def _portable(job: CacheJob) -> CacheJob:
-    """The same job in absolute paths: a replica's working folder is another."""
+    """Return the same job with absolute paths, as a replica has another working folder."""
     teacher = Path(job.teacher)
     return dataclasses.replace(
         job,

@@ -1,4 +1,4 @@
-"""What must hold of every recording and request, whichever engine scores it."""
+"""Checks of recordings and requests that every engine needs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from capgap.schemas.errors import InputError, SettingError
 
 
 def require_kept(top_k: int, vocab_size: int) -> None:
-    """Raise SettingError where more ids are to be kept than there are."""
+    """Raise SettingError where `top_k` is larger than the vocabulary."""
     if top_k > vocab_size:
         raise SettingError(
             "more ids than the vocabulary has",
@@ -20,12 +20,12 @@ def require_kept(top_k: int, vocab_size: int) -> None:
 
 
 def require_scorable(requests: Sequence[Request], vocab_size: int, max_targets: int | None) -> None:
-    """Raise InputError for the first request that no teacher of this size can score.
+    """Raise InputError for the first request that the teacher cannot score.
 
     Args:
-        requests: of L + 1 tokens each.
-        vocab_size: ids at or past it are no tokens.
-        max_targets: the largest L, None for any.
+        requests: requests of L + 1 tokens each.
+        vocab_size: number of real ids; ids at or past it are not tokens.
+        max_targets: the largest L that the teacher can score; None for no limit.
     """
     for request in requests:
         tokens_L1 = request.tokens_L1

@@ -1,4 +1,4 @@
-"""What an engine is asked for and what it answers; the part of the work that is the same in every engine.
+"""The requests and results of an engine, and the part of the scoring that is the same in every engine.
 
 Legend: L targets of a request, K ids kept, n samples, T further temperatures, N rows, V vocabulary, C = n + K,
 W = 3 + T + K with `topk`, else 2.
@@ -21,16 +21,16 @@ from capgap.schemas.errors import InputError
 
 @dataclass(frozen=True)
 class Recording:
-    """How rows of logits are turned into what is kept.
+    """The parts of each row of logits that a cache keeps.
 
     Attributes:
-        num_samples: n of `sampled`; 0 where nothing is sampled.
-        top_k: K of `topk`; 0 where the top-k tokens are not kept.
-        temperature: logits are divided by it.
-        seed: of the samples.
-        vocab_size: real vocabulary; columns past it are dropped.
-        chunk_rows: rows of logits held at once.
-        extra_temperatures: at which the tail of `topk` is kept too.
+        num_samples: number of samples per row for `sampled`; 0 where nothing is sampled.
+        top_k: number of ids per row for `topk`; 0 where the top-k tokens are not kept.
+        temperature: number that the logits are divided by.
+        seed: seed of the samples.
+        vocab_size: size of the real vocabulary; columns at or past it are dropped.
+        chunk_rows: number of rows of logits that are held at once.
+        extra_temperatures: further temperatures at which the tail of `topk` is kept.
     """
 
     num_samples: int
@@ -43,18 +43,18 @@ class Recording:
 
     @property
     def powers(self) -> tuple[float, ...]:
-        """Probabilities at each further temperature are proportional to these powers of those at `temperature`."""
+        """The exponents that turn probabilities at `temperature` into those of each further one, up to a factor."""
         return tuple(self.temperature / other for other in self.extra_temperatures)
 
 
 @dataclass(frozen=True)
 class Request:
-    """Tokens to be scored by themselves: a sequence of L + 1 tokens, or a document's part of one.
+    """L + 1 tokens to be scored by themselves: a whole sequence, or the part of a sequence that is one document.
 
     Attributes:
-        tokens_L1: the last one is a label alone.
-        key: what the samples depend on beside seed and position; the tokens' digest where it is left out.
-        share: of a sequence, for those who count how far a submission is.
+        tokens_L1: the tokens [L + 1], int32; the last one is only a label.
+        key: bytes that the samples depend on beside seed and position; None stands for the digest of the tokens.
+        share: part of a sequence that the request is, for the progress of a submission.
     """
 
     tokens_L1: npt.NDArray[np.int32]
@@ -63,28 +63,29 @@ class Request:
 
     @property
     def digest(self) -> bytes:
-        """The key of the request's samples, wherever and whenever it is scored."""
+        """The key of the request's samples, which is the same on every machine and in every run."""
         return sequence_digest(self.tokens_L1) if self.key is None else self.key
 
     @property
     def name(self) -> str:
-        """For messages: whose rows these are."""
+        """The name of the request in messages."""
         return f"{'sequence' if self.key is None else 'document'} {self.digest.hex()[:12]}"
 
 
 @dataclass(frozen=True)
 class Scored:
-    """What is kept of one request.
+    """The rows that a cache keeps of one request.
 
     Attributes:
-        samples_Ln: ascending samples, int32; of no column without `sampled`.
-        ids_LK: ids by falling probability, int32; of no column without `topk`, like all but the last two.
-        logprobs_LK: of those ids, float32.
-        tail_L: probability of all other ids, float32; 0 without `topk`.
-        log_tails_LT: log of the sum of p^(temperature / T) over those, for each further temperature T, float32.
-        label_logprobs_L: of the real next token, float32.
-        top_logprob: the teacher's own top logprob after the last token: all columns, temperature 1; 0 where the engine
-            has nothing to hold it against.
+        samples_Ln: samples in ascending order, int32; without columns unless `sampled` is recorded.
+        ids_LK: ids by falling probability, int32; without columns unless `topk` is recorded.
+        logprobs_LK: logprobs of `ids_LK`, float32.
+        tail_L: probability of all ids that are not in `ids_LK`, float32; 0 unless `topk` is recorded.
+        log_tails_LT: log of the sum of p^(temperature / T) over the ids of the tail, for each further temperature T,
+            float32; without columns unless `topk` is recorded.
+        label_logprobs_L: logprob of the real next token, float32.
+        top_logprob: the teacher's own top logprob after the last token, over all columns and at temperature 1, in
+            nats; 0 where the engine cannot compare it with a greedy token.
     """
 
     samples_Ln: npt.NDArray[np.int32]
@@ -100,27 +101,28 @@ class Engine(Protocol):
     """Something that runs the teacher over sequences."""
 
     name: str
-    """Engine and version, for the manifest."""
+    """Name and version of the engine, for the manifest."""
 
     dtype: str
     """The dtype of the teacher's weights and activations."""
 
     def score(self, requests: Sequence[Request]) -> list[Scored]:
-        """One submission: score all requests and return them in order, exactly L rows each.
+        """Score all requests as one submission, and return the results in order, with exactly L rows each.
 
-        Each request's share is given to `advance_within` as soon as it is scored.
+        The engine reports each request's share to `advance_within` as soon as the request is scored.
         """
 
     def close(self) -> None:
-        """Give back the device."""
+        """Free the device's memory."""
 
 
 @dataclass(frozen=True)
 class PackedRows:
-    """Rows as two tensors, the form in which they travel: ids [N, C] int32, numbers [N, W] float32.
+    """Rows as two tensors, for transport between processes: ids [N, C] int32 and numbers [N, W] float32.
 
-    The columns of `ids_NC` are n samples and K kept ids; those of `numbers_NW` the label's logprob, in a request's last
-    row the teacher's own top logprob, and for `topk` the tail, the logarithms of the T further tails and K logprobs.
+    The columns of `ids_NC` are n samples and K kept ids. The columns of `numbers_NW` are the label's logprob; the
+    teacher's own top logprob, in a request's last row only; and for `topk` the tail, the logarithms of the T further
+    tails and K logprobs.
     """
 
     ids_NC: torch.Tensor
@@ -128,12 +130,12 @@ class PackedRows:
 
 
 def sequence_digest(tokens_L1: npt.NDArray[np.int32]) -> bytes:
-    """16 bytes that name a sequence of tokens."""
+    """Return a digest of 16 bytes that identifies a sequence of tokens."""
     return hashlib.blake2b(np.ascontiguousarray(tokens_L1, dtype="<i4").tobytes(), digest_size=16).digest()
 
 
 def row_offsets(recording: Recording, digest: bytes, start: int, num_rows: int) -> npt.NDArray[np.float32] | None:
-    """Offsets of the samples for rows `start` and on; None where nothing is sampled."""
+    """Return the sampling offsets of `num_rows` rows from row `start` on; None where nothing is sampled."""
     return offsets(recording.seed, digest, start, num_rows) if recording.num_samples else None
 
 
@@ -144,14 +146,15 @@ def record_rows(
     offsets_N: torch.Tensor | None,
     last_rows: torch.Tensor | None = None,
 ) -> PackedRows:
-    """What is kept of these rows of logits, on the device of the logits, whose padding columns are overwritten.
+    """Compute what is kept of these rows of logits, on their device. The padding columns are overwritten.
 
     Args:
-        recording: what to keep.
-        logits_NV: of the teacher's head, padding columns and all.
+        recording: what to keep of each row of logits.
+        logits_NV: logits of the teacher's head, padding columns included.
         labels_N: the real next tokens.
-        offsets_N: of the samples; None where nothing is sampled.
-        last_rows: rows after which the engine's sampler chooses a token, int64: the teacher's own top logprob is kept.
+        offsets_N: sampling offset of each row; None where nothing is sampled.
+        last_rows: int64 indices of the rows after which the engine's sampler chooses a token; the teacher's own top
+            logprob is kept for these rows.
     """
     n, k = recording.num_samples, recording.top_k
     temperature, vocab_size, powers = recording.temperature, recording.vocab_size, recording.powers
@@ -172,9 +175,9 @@ def _topk_numbers(kept: TopkRows, top_N: torch.Tensor) -> torch.Tensor:
 
 
 def _own_top(logits_NV: torch.Tensor, last_rows: torch.Tensor | None) -> torch.Tensor:
-    """What the teacher's own sampler sees, padding columns and all: an engine's greedy token is held against it.
+    """Return the top logprob over all columns, padding included, to be compared with the engine's greedy token.
 
-    Of these rows alone, for it takes a pass over all columns; 0 in all others.
+    It is computed for `last_rows` only, as it takes a pass over all columns, and is 0 in all other rows.
     """
     top_N = logits_NV.new_zeros(len(logits_NV), dtype=torch.float32)
     if last_rows is not None and len(last_rows):
@@ -186,7 +189,7 @@ def _own_top(logits_NV: torch.Tensor, last_rows: torch.Tensor | None) -> torch.T
 def unpack(
     recording: Recording, ids_LC: npt.NDArray[np.int32], numbers_LW: npt.NDArray[np.float32], where: str
 ) -> Scored:
-    """One request's rows, taken apart.
+    """Split the packed rows of one request into its arrays; `where` names the request in errors.
 
     Raises:
         InputError: the teacher's logits were not finite.

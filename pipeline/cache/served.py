@@ -1,7 +1,7 @@
-"""Is what a server serves the teacher that the cache is of? Asked once, when the engine is started.
+"""Check, once when the engine starts, that the server serves the teacher of this cache.
 
-first sequence --corpus's tokenizer--> text --server's tokenizer--> the same ids?    another model's are others
-shards that are finished --> the server that they name, and what it had loaded --> the same?
+first sequence --corpus's tokenizer--> text --server's tokenizer--> the same ids?    another tokenizer gives other ids
+finished shards --> the name and root of the model that they were scored with --> the same?
 """
 
 from __future__ import annotations
@@ -23,26 +23,27 @@ from capgap.schemas.manifest import ShardSet
 from capgap.schemas.run_endpoint import EndpointSettings
 
 _PROBE_TOKENS = 256
-# Another program may cut a text a little otherwise, at its beginning above all; another tokenizer hardly agrees at all.
+# The same tokenizer in another program may split a text slightly differently, mostly at its beginning. Another
+# tokenizer shares hardly any ids.
 _LEAST_SHARED = 0.5
 
 
 def start_served(
     settings: EndpointSettings, model: str, recording: Recording, corpus: Path, source: ShardSet, scored: Path
 ) -> ServerEngine:
-    """The engine of a teacher that is served.
+    """Start the engine of a served teacher, and check that the server serves the right one.
 
     Args:
-        settings: where.
-        model: the teacher, as the server calls it.
-        recording: what to keep.
+        settings: address and limits of the server.
+        model: the server's name for the teacher.
+        recording: what to keep of each row.
         corpus: folder of the corpus.
         source: the corpus's shards to be scored.
-        scored: folder of the facts of shards that are finished, if there are any.
+        scored: folder with the facts of finished shards; may be missing or empty.
 
     Raises:
         CapgapError: as `ServerEngine`.
-        MismatchError: the server's tokenizer is not the corpus's, or finished shards are of another server's model.
+        MismatchError: the server's tokenizer is not the corpus's, or finished shards come from another model.
     """
     engine = ServerEngine(settings, model, recording, source.seq_len)
     try:
@@ -63,7 +64,7 @@ def _require_begun_by(engine: ServerEngine, scored: Path, where: str) -> None:
                 where=where,
                 found=engine.name,
                 expected=facts.engine,
-                fix="serve the first one again, or start over with --remake cache",
+                fix="serve the model that began the cache again, or start over with --remake cache",
             )
 
 
@@ -80,14 +81,14 @@ def _require_same_ids(engine: ServerEngine, corpus: Path, source: ShardSet, wher
         raise MismatchError(
             "the served teacher has another tokenizer than the corpus",
             where=where,
-            found=f"{len(served)} ids of a text, of which {shared:.0%} are the corpus's",
-            expected=f"the corpus's {len(own)}",
-            fix="serve the teacher that is meant, or set corpus.tokenizer to its folder",
+            found=f"{len(served)} ids for a text, {shared:.0%} of them equal to the corpus's",
+            expected=f"the {len(own)} ids of the corpus's tokenizer",
+            fix="serve the intended teacher, or set corpus.tokenizer to its folder",
         )
     event(
         "server_tokenizer",
-        f"cache: of a text the server makes {len(served)} ids, {shared:.0%} of them the corpus's {len(own)}: is it the "
-        "teacher that is meant?",
+        f"cache: the server's tokenizer gives {len(served)} ids for a text, and the corpus's gives {len(own)}; "
+        f"{shared:.0%} of them agree: does the server serve the intended teacher?",
         logging.WARNING,
         shared=shared,
     )

@@ -1,4 +1,4 @@
-"""The teacher behind an endpoint with `prompt_logprobs`, as `vllm serve` is one: no weights, and no device here.
+"""A teacher behind an endpoint with `prompt_logprobs`, such as `vllm serve`; needs no weights and no device locally.
 
 request --> POST /v1/completions, token ids in --> prompt_logprobs, ids and logprobs out --> top-k tokens and tail
 """
@@ -26,22 +26,23 @@ SERVER_DTYPE = "the server's dtype"
 
 _LONGEST = "max_model_len"
 
-# Of neighbours among the top-k tokens; logits of 16 bits make nearly half of them equal, those of 32 bits next to none.
+# Largest share of equal logprobs between neighbours in the top k. With 16-bit logits nearly half are equal, with 32-bit
+# logits almost none.
 _MOST_TIES = 0.1
 
 
 class ServerEngine:
-    """A teacher that is served elsewhere.
+    """An engine whose teacher runs behind a server.
 
     Args:
-        settings: where.
-        model: the teacher, as the server calls it.
-        recording: what to keep: `topk` at temperature 1.
+        settings: address and limits of the server.
+        model: the server's name for the teacher.
+        recording: what to keep; must be `topk` at temperature 1.
         seq_len: the largest L of a request.
 
     Raises:
-        MachineError: the server cannot be reached, or does not answer as one.
-        SettingError: it does not take the key, serves other models, or shorter sequences.
+        MachineError: the server cannot be reached, or does not answer like an OpenAI-compatible server.
+        SettingError: the server rejects the key, does not serve the model, or takes shorter sequences only.
     """
 
     def __init__(self, settings: EndpointSettings, model: str, recording: Recording, seq_len: int) -> None:
@@ -59,18 +60,18 @@ class ServerEngine:
         self._looked = False
 
     def score(self, requests: Sequence[Request]) -> list[Scored]:
-        """As `Engine.score`, `cache.server.num_parallel` requests at once; what is asked twice is answered alike.
+        """Score all requests, `cache.server.num_parallel` at a time, and return the results in order.
 
         Raises:
-            InputError: a request cannot be scored, or its answer is not that of its tokens.
-            MachineError: the server cannot be reached, is too slow, too busy or fails, as often as it was asked.
-            SettingError: it does not take the key, or allows fewer logprobs.
+            InputError: a request cannot be scored, or the answer does not belong to its tokens.
+            MachineError: the server cannot be reached, is too slow, too busy or fails, in every attempt.
+            SettingError: the server rejects the key, or allows fewer logprobs.
         """
         require_scorable(requests, self._recording.vocab_size, self._seq_len)
         pool = ThreadPoolExecutor(self._num_parallel, thread_name_prefix="capgap-server")
         scored: list[Scored] = []
         try:
-            # in order, so that the first fault is heard of before the queue is at its end
+            # results are read in order, so that the first error is raised before the whole queue is worked off
             for request, one in zip(requests, pool.map(self._score, requests), strict=True):
                 scored.append(one)
                 advance_within(request.share)
@@ -85,7 +86,7 @@ class ServerEngine:
         return scored
 
     def ids_of(self, text: str) -> list[int] | None:
-        """The ids that the server's own tokenizer makes of a text; None where it does not tell."""
+        """Return the ids of a text by the server's own tokenizer; None where the server does not return ids."""
         try:
             ids = self._complete(text, 0, add_special_tokens=False)["choices"][0].get("prompt_token_ids")
         except RefusedError:
@@ -93,7 +94,7 @@ class ServerEngine:
         return None if ids is None else list(ids)
 
     def close(self) -> None:
-        """As `Engine.close`."""
+        """Close the connections to the server."""
         self._endpoint.close()
 
     def _score(self, request: Request) -> Scored:
@@ -104,7 +105,7 @@ class ServerEngine:
         try:
             if found["model"] != self._endpoint.model:
                 raise MismatchError(
-                    "another model answers than the one that was asked",
+                    "the answer comes from another model than the one that was asked",
                     where=request.name,
                     found=self._endpoint.clean(str(found["model"])),
                     expected=self._endpoint.model,
@@ -114,10 +115,12 @@ class ServerEngine:
             raise self._endpoint.named(error) from None
 
     def _complete(self, prompt: str | list[int], num_logprobs: int, **more: Any) -> dict[str, Any]:
-        """The completion as plain JSON values: an object a logprob would take the client library minutes.
+        """Request a completion and return it as plain JSON values.
+
+        The client library would make an object of every logprob, which takes minutes.
 
         Raises:
-            RefusedError: the server does not take this request.
+            RefusedError: the server refuses this request.
             MachineError, SettingError: as `Endpoint.named`.
         """
         extra = {"prompt_logprobs": num_logprobs, "return_token_ids": True, **more}
@@ -138,31 +141,32 @@ class ServerEngine:
                 "the server allows fewer logprobs",
                 where="cache.top_k",
                 found=said,
-                expected=f"{self._recording.top_k} of them",
-                fix=f"start it with --max-logprobs {self._recording.top_k}, or lower cache.top_k",
+                expected=f"{self._recording.top_k} logprobs",
+                fix=f"start the server with --max-logprobs {self._recording.top_k}, or lower cache.top_k",
             )
         return InputError(
-            "the server refuses what it is asked",
+            "the server refuses the request",
             where=request.name,
             found=said,
-            fix=f"start it with --max-model-len {self._seq_len + 2} or more, or as it says",
+            fix=f"start the server with --max-model-len {self._seq_len + 2} or more, or follow its message",
         )
 
 
 def endpoint_of(settings: EndpointSettings, model: str) -> Endpoint:
-    """The client of a teacher's server.
+    """Return the client of a teacher's server.
 
     Raises:
-        SettingError: the key holds characters that no key has.
+        SettingError: the key holds characters that a key cannot have.
     """
     return Endpoint(settings, model, "the teacher's server", "cache.server", "teacher.served")
 
 
 def require_served(endpoint: Endpoint, settings: EndpointSettings, seq_len: int) -> dict[str, str]:
-    """What the server lists of the teacher, in sequences that are long enough; nothing where it lists no models.
+    """Return the server's entry for the teacher; empty where the server lists no models.
 
     Raises:
-        MachineError, SettingError: as `ServerEngine`.
+        MachineError: the server cannot be reached, or does not answer like an OpenAI-compatible server.
+        SettingError: the server rejects the key, does not serve the teacher, or takes shorter sequences only.
     """
     listed = endpoint.listed((*IDENTITY, _LONGEST))
     if not listed:
@@ -173,29 +177,29 @@ def require_served(endpoint: Endpoint, settings: EndpointSettings, seq_len: int)
             where=f"teacher.served, at {settings.base_url}",
             found=", ".join(listed),
             expected=endpoint.model,
-            fix="set teacher.served to the name that the server gives to its model, or start the other one",
+            fix="set teacher.served to the server's name for the model, or start the server with the expected model",
         )
     served = listed[endpoint.model]
     longest = served.get(_LONGEST, "")
-    # all tokens of a sequence are the prompt, and one token must be generated
+    # all seq_len + 1 tokens of a sequence are the prompt, and vLLM must generate one more
     if longest.isdigit() and int(longest) < seq_len + 2:
         raise SettingError(
             "the server takes shorter sequences",
             where="corpus.seq_len",
             found=f"{seq_len}, and --max-model-len {longest}",
             expected=f"--max-model-len {seq_len + 2} or more: a sequence, its last label, and a token to generate",
-            fix=f"start it so, or lower corpus.seq_len to {int(longest) - 2}",
+            fix=f"start the server with this value, or lower corpus.seq_len to {int(longest) - 2}",
         )
     return served
 
 
 def _say_if_rounded(scored: Sequence[Scored]) -> None:
-    """Warn of logits of 16 bits, with which half of all rows keep other ids."""
+    """Warn if the server's logits seem to have 16 bits, with which half of all rows keep other ids."""
     steps = np.concatenate([np.diff(one.logprobs_LK, axis=1).ravel() for one in scored])
     ties = float((steps == 0).mean()) if steps.size else 0.0
     if ties > _MOST_TIES:
         text = (
-            f"cache: {ties:.0%} of neighbours among the server's top-k tokens have one logprob: its logits are of "
-            'few bits; start it with --hf-overrides \'{"head_dtype": "float32"}\''
+            f"cache: {ties:.0%} of neighbours among the server's top-k tokens have equal logprobs: its logits are of "
+            'few bits; start the server with --hf-overrides \'{"head_dtype": "float32"}\''
         )
         event("server_rounds", text, logging.WARNING, share_of_ties=ties)

@@ -1,10 +1,10 @@
-"""Rows out of a server's answer: the tokens' ids as it names them, never text.
+"""Read the rows of a request from a server's answer, by token ids and never by text.
 
     prompt of L + 1 tokens -> prompt_logprobs: null, then for each token its own logprob and those of the top-k tokens
 
-Row i of what is kept is entry i + 1. An entry has k ids where the token is one of the top-k tokens, and k + 1 where it
-is not. Each must name the very token that was sent, so that an answer that was cut, shifted or mixed up with another is
-no row of a cache. The tail is what the kept probabilities leave of 1, as a server does not sum it up.
+Row i of the result is entry i + 1. An entry has k ids where the token is one of the top-k tokens, and k + 1 where it
+is not. Each entry must contain the token that was sent, so that an answer which was cut, shifted or swapped
+never becomes a row of a cache. The tail is 1 minus the sum of the kept probabilities, as a server does not return it.
 
 Legend: L targets of a request, K ids kept, D ids of all entries.
 """
@@ -20,21 +20,21 @@ from capgap.pipeline.cache.scoring import Recording, Request, Scored, unpack
 from capgap.pipeline.store.alignment import LOGPROB_TOLERANCE_NATS
 from capgap.schemas.errors import InputError
 
-# probabilities of float32 logprobs sum up to 1 but for rounding
+# the probabilities of float32 logprobs may exceed a sum of 1 by rounding
 _MOST_PROBABILITY = 1 + 1e-3
 
 
 def rows_of(choice: dict[str, Any], recording: Recording, request: Request) -> Scored:
-    """What is kept of one request.
+    """Read one request's rows from the server's answer.
 
     Args:
-        choice: of a completion, as plain JSON values.
-        recording: `topk` at temperature 1.
-        request: what was asked.
+        choice: one choice of a completion, as plain JSON values.
+        recording: what to keep; must be `topk` at temperature 1.
+        request: the request that the server answered.
 
     Raises:
-        InputError: these are not the rows of the request's tokens.
-        AttributeError, KeyError, TypeError, ValueError: it is no answer of vLLM's form.
+        InputError: the answer does not hold the rows of the request's tokens.
+        AttributeError, KeyError, TypeError, ValueError: the answer does not have vLLM's form.
     """
     entries, sent = choice.get("prompt_logprobs"), request.tokens_L1
     if entries is None:
@@ -42,18 +42,18 @@ def rows_of(choice: dict[str, Any], recording: Recording, request: Request) -> S
             "the server answers without prompt_logprobs",
             where=request.name,
             found=f"a choice of {', '.join(sorted(choice))}",
-            expected="the prompt's logprobs, which are vLLM's addition to OpenAI's form",
-            fix="ask a server of vLLM's",
+            expected="the prompt's logprobs, which vLLM adds to OpenAI's answer format",
+            fix="ask a vLLM server",
         )
     echoed = choice.get("prompt_token_ids")
     if any(entry is None for entry in entries[1:]):
-        raise _not_its_own(request, "tokens without logprobs", "those of every token behind the first")
+        raise _not_its_own(request, "tokens without logprobs", "a logprob for every token after the first")
     if len(entries) != len(sent) or (echoed is not None and list(echoed) != sent.tolist()):
         found = len(entries) if echoed is None or len(entries) != len(sent) else len(echoed)
         raise _not_its_own(
             request,
             f"rows of {found} tokens" if found != len(sent) else "rows of other tokens",
-            f"those of the {len(sent)} that were sent",
+            f"rows of the {len(sent)} tokens that were sent",
         )
     sizes = np.array([len(entry) for entry in entries[1:]])
     ids_D = np.array([int(one) for entry in entries[1:] for one in entry], np.int64)
@@ -68,7 +68,7 @@ def _packed(
     recording: Recording,
     request: Request,
 ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
-    """Ids and numbers, as `PackedRows` has them."""
+    """Return the ids [L, K] int32 and the numbers [L, 3 + K] float32, in the columns of `PackedRows`."""
     top_k, num_rows = recording.top_k, len(sizes)
     if ((sizes != top_k) & (sizes != top_k + 1)).any():
         wrong = sizes[(sizes != top_k) & (sizes != top_k + 1)]
@@ -76,11 +76,11 @@ def _packed(
     if (ids_D < 0).any() or (ids_D >= recording.vocab_size).any():
         outside = ids_D[(ids_D < 0) | (ids_D >= recording.vocab_size)]
         raise InputError(
-            "the server's teacher holds an id for probable that no token has",
+            "the server's teacher gives a logprob to an id outside the vocabulary",
             where=request.name,
             found=int(outside[0]),
             expected=f"0 to {recording.vocab_size - 1}",
-            fix="lower cache.top_k, or ask a server of a teacher with the corpus's tokenizer",
+            fix="lower cache.top_k, or use a server whose teacher has the corpus's tokenizer",
         )
     row_D = np.repeat(np.arange(num_rows), sizes)
     is_label_D = ids_D == request.tokens_L1[1:][row_D]
@@ -88,18 +88,18 @@ def _packed(
         row = int(np.flatnonzero(np.bincount(row_D[is_label_D], minlength=num_rows) != 1)[0])
         raise _not_its_own(
             request,
-            f"{int(is_label_D.sum())} of {num_rows} rows with their token",
-            f"all; the first without it is row {row}",
+            f"{int(is_label_D.sum())} of {num_rows} rows contain their token",
+            f"all of them; the first row that does not is row {row}",
         )
     label_L = logprobs_D[is_label_D]
-    # in an entry of one more, the token is not among the top-k tokens
+    # an entry with k + 1 ids has its token beside the top-k tokens, so that one is not kept
     is_kept_D = ~(is_label_D & (sizes == top_k + 1)[row_D])
     ids_LK = ids_D[is_kept_D].reshape(num_rows, top_k).astype(np.int32)
     logprobs_LK = logprobs_D[is_kept_D].reshape(num_rows, top_k)
     order_LK = np.argsort(-logprobs_LK, axis=1, kind="stable")
     ids_LK, logprobs_LK = (np.take_along_axis(one, order_LK, axis=1) for one in (ids_LK, logprobs_LK))
     if (label_L[sizes == top_k + 1] > logprobs_LK[sizes == top_k + 1, -1] + LOGPROB_TOLERANCE_NATS).any():
-        raise _not_its_own(request, "a token more probable than those of the top k, and not one of them", "none")
+        raise _not_its_own(request, "a token outside the top k that is more probable than the last of them", "none")
     held_L = np.exp(logprobs_LK, dtype=np.float64).sum(axis=1)
     if (held_L > _MOST_PROBABILITY).any():
         raise _not_its_own(
@@ -117,5 +117,5 @@ def _not_its_own(request: Request, found: str, expected: str) -> InputError:
         where=request.name,
         found=found,
         expected=expected,
-        fix="ask vLLM's server itself, rather than what may stand before it and changes prompts or answers",
+        fix="ask vLLM's server directly, without a proxy that may change prompts or answers",
     )

@@ -1,5 +1,4 @@
-"""One line for each shard that is finished: what it holds, how fast it goes, how long it will take, how full the device
-is."""
+"""One log line for each finished shard: its contents, the rate, the time left and the memory taken on the device."""
 
 from __future__ import annotations
 
@@ -19,15 +18,15 @@ from capgap.pipeline.stage.folder import LOGS_FOLDER
 from capgap.pipeline.stage.progress import Meter, progress
 from capgap.pipeline.stage.scalars import CACHE_SCALARS, ScalarFile
 
-# Several replicas end their first shards at nearly the same moment, which says nothing of how fast they are.
+# Several replicas finish their first shards at nearly the same moment, which says nothing about their rate.
 _SETTLED_S = 5.0
 
 
 class ShardLines:
-    """Says a line for each shard, and feeds the bar of a terminal. Threads may share it.
+    """Logs a line for each finished shard and advances the terminal's progress bar. It is thread-safe.
 
-    Rates are of this process's shards: from its beginning, the teacher's own start included, and from the end of the
-    first shard once that is `_SETTLED_S` ago.
+    The rate covers the shards of this process. It is measured from the process's beginning, so that it includes the
+    teacher's start, and from the end of the first shard as soon as that is `_SETTLED_S` seconds ago.
     """
 
     def __init__(self, job: CacheJob, title: str, total: int, missing: list[int], meter: Meter, device: str) -> None:
@@ -40,7 +39,7 @@ class ShardLines:
         self._scalars = ScalarFile(job.folder / LOGS_FOLDER / "tensorboard" / _run_of(title), CACHE_SCALARS)
 
     def finished(self, index: int, shard: FinishedShard) -> None:
-        """Shard `index` was made here."""
+        """Log that this process has made shard `index`."""
         with self._lock:
             self._say(index, shard)
 
@@ -88,14 +87,22 @@ class ShardLines:
 
 
 def _run_of(title: str) -> str:
-    """Slices have curves of their own; `any` may be several."""
+    """Return the name of a slice's own TensorBoard run, with host and pid, as several processes may share a slice."""
     _, _, part = title.partition(": slice ")
     return f"slice-{part.replace('/', '-')}-{os.uname().nodename}-{os.getpid()}" if part else ""
 
 
 @contextmanager
 def shard_lines(job: CacheJob, title: str, wanted: list[int], done: set[int], device: str) -> Iterator[ShardLines]:
-    """For the shards `wanted`, of which `done` are finished already; `device` is empty where others hold theirs."""
+    """Show the progress of a cache while the block runs, and yield the object that logs its shards.
+
+    Args:
+        job: the cache's job.
+        title: beginning of each line.
+        wanted: indices of the shards to be made, finished ones included.
+        done: indices of the shards that are finished already.
+        device: device whose memory the lines report; empty where this process holds no device.
+    """
     sizes = [shard.num_sequences for shard in job.source.shards]
     num_finished = sum(sizes[index] for index in wanted if index in done)
     num_sequences = sum(sizes[index] for index in wanted)
@@ -105,7 +112,7 @@ def shard_lines(job: CacheJob, title: str, wanted: list[int], done: set[int], de
 
 
 def device_memory_bytes(device: str) -> int | None:
-    """What is taken of a GPU's memory, by whomever, or of the machine's by this process; None where nobody says."""
+    """Return the bytes that all processes take on a GPU, or on `cpu` this process; None where they are not known."""
     if device.startswith("cuda"):
         free, total = torch.cuda.mem_get_info(torch.device(device))
         return int(total - free)

@@ -1,11 +1,10 @@
-"""One shard is one submission: score the corpus's shard i and write the cache's shard i, in any process, any number of
-times.
+"""Score the corpus's shard i as one submission and write the cache's shard i, in any process, any number of times.
 
     CacheJob (plain values) --ShardScorer--> finished(i)? --score(i)--> ScoredShard --write--> shard files, then facts
 
-A shard counts as finished when its facts, `work/scored/000000.json`, stand and every file has the digest they name;
-they are taken away before a file is touched and written after all files are whole. So a kill anywhere, or another
-process that makes the same shard, leaves a finished shard or none.
+A shard counts as finished when its facts file, `work/scored/000000.json`, exists and every file has the digest that the
+facts give. The facts file is removed before a file is touched, and written after all files are whole. So a kill at any
+moment, or another process that makes the same shard, leaves either a finished shard or none.
 """
 
 from __future__ import annotations
@@ -38,23 +37,23 @@ SIDECARS_FOLDER = "shards"
 
 @dataclass(frozen=True)
 class CacheJob:
-    """All that a process must know to make shards of one cache: plain values, to be sent anywhere.
+    """All that a process must know to make shards of one cache, as plain values that can be sent to any process.
 
     Attributes:
-        settings: of the cache.
+        settings: settings of the cache.
         corpus: folder of the corpus.
-        source: the corpus's shards to be scored; shard i of the cache is made from shard i. First those that students
-            train on, after them those of held-out sequences, whose files are named and numbered by themselves.
-        num_training: how many of them students train on.
-        context: the corpus's rule.
-        teacher: folder or id; empty where but a server's name for it is known.
-        served: the name by which the server knows the teacher, for the engine `server`.
-        folder: of the cache; holds the ranking of ids.
+        source: the corpus's shards to be scored; shard i of the cache is made from shard i. The shards that students
+            train on come first, then the held-out shards, whose files have their own names and numbers.
+        num_training: number of shards that students train on.
+        context: the corpus's context rule.
+        teacher: the teacher's folder or id; empty where only a server's name for it is known.
+        folder: folder of the cache, which holds the ranking of ids.
         work: the stage's work folder.
-        vocab_size: real vocabulary.
+        vocab_size: size of the real vocabulary.
         ranking_sha256: digest of the ranking.
         device: `cpu` or `cuda:0`.
-        trust_remote_code: run code that comes with the teacher.
+        trust_remote_code: whether to run code that comes with the teacher.
+        served: the server's name for the teacher, for the engine `server`; None for the other engines.
     """
 
     settings: CacheSettings
@@ -73,13 +72,13 @@ class CacheJob:
 
     @property
     def units(self) -> UnitNotes:
-        """Where finished shards are noted."""
+        """The notes of the finished shards."""
         return UnitNotes(self.folder, self.work, SCORED_FOLDER, len(self.source.shards))
 
 
 @dataclass(frozen=True)
 class FinishedShard:
-    """What is known of a shard that is whole."""
+    """The manifest entry of a finished shard in each recording, and the shard's facts."""
 
     entries: dict[RecordingName, ShardEntry]
     facts: ShardFacts
@@ -87,7 +86,7 @@ class FinishedShard:
 
 @dataclass(frozen=True)
 class ScoredShard:
-    """A shard in memory: the sequences, and what the engine of that name and dtype said of each, on which machine."""
+    """A scored shard in memory: its sequences, the rows of each, and the engine, dtype and machine that made them."""
 
     index: int
     sequences: Sequences
@@ -98,9 +97,9 @@ class ScoredShard:
 
 
 class ShardScorer:
-    """Makes shards of a job; the teacher is started when the first shard is scored, and never where none is.
+    """Makes the shards of a job. The teacher starts with the first shard that has to be scored, and otherwise never.
 
-    `score` belongs to one thread; `write` may run on another, for other shards at the same time.
+    `score` must always be called from the same thread; `write` may run in other threads, for other shards.
     """
 
     def __init__(self, job: CacheJob) -> None:
@@ -110,11 +109,11 @@ class ShardScorer:
         (job.work / SCORED_FOLDER).mkdir(parents=True, exist_ok=True)
 
     def start(self) -> None:
-        """Start the teacher now, rather than with the first shard; errors as the engine."""
+        """Start the teacher now, rather than with the first shard; raises the engine's errors."""
         self._started()
 
     def finished(self, index: int) -> FinishedShard | None:
-        """Shard `index`, if it is whole: its files are read and digested."""
+        """Return shard `index` if it is finished, or None; its files are read and their digests compared."""
         facts = read_sidecar(self.job.units.path(index), ShardFacts)
         if facts is None:
             return None
@@ -125,10 +124,10 @@ class ShardScorer:
         return FinishedShard(entries, facts)
 
     def score(self, index: int) -> ScoredShard:
-        """Read the corpus's shard and let the teacher see it, as one submission.
+        """Read the corpus's shard `index` and score it with the teacher, as one submission.
 
         Raises:
-            CorruptError, InputError: the corpus's shard is damaged or gone.
+            CorruptError, InputError: the corpus's shard is damaged or missing.
             MachineError, InputError: as the engine.
         """
         sequences = self._read(index)
@@ -142,11 +141,11 @@ class ShardScorer:
         return ScoredShard(index, sequences, scored, engine.name, engine.dtype, self._machine())
 
     def write(self, shard: ScoredShard) -> FinishedShard:
-        """Encode and write a scored shard, replacing what may be there under its name.
+        """Encode and write a scored shard, replacing any file of the same name.
 
         Raises:
             CorruptError: a target contradicts the token that follows it.
-            OSError: the disk is full, or the folder cannot be written.
+            OSError: the disk is full, or the folder is not writable.
         """
         self.job.units.path(shard.index).unlink(missing_ok=True)
         entries = {
@@ -168,21 +167,21 @@ class ShardScorer:
         return FinishedShard(entries, facts)
 
     def make(self, index: int) -> FinishedShard:
-        """The whole unit: shard `index`, scored and written unless it is finished."""
+        """Score and write shard `index`, unless it is finished already."""
         return self.finished(index) or self.write(self.score(index))
 
     def first_requests(self, num_sequences: int) -> list[Request]:
-        """What the engine is asked for the first sequences of the cache, or of their first block where it has fewer."""
+        """Return the requests for the first sequences of the cache, at most those of its first block."""
         sequences = self._source.read(0)[0]
         rows = zip(sequences.tokens_BL1[:num_sequences], sequences.starts_BL1, strict=False)
         return [one for tokens_L1, starts_L1 in rows for one in to_requests(tokens_L1, starts_L1, self.job.context)]
 
     def shard_set(self, name: RecordingName, shards: list[FinishedShard]) -> ShardSet:
-        """The manifest's description of one recording of these shards."""
+        """Return the manifest's description of the shards in one recording."""
         return self._writers[name].shard_set([shard.entries[name] for shard in shards])
 
     def _writers_of(self, index: int) -> Iterator[tuple[RecordingName, ShardWriter, int]]:
-        """For each recording, who writes shard `index`, and the number that the shard has there."""
+        """Yield each recording, its writer of shard `index`, and the shard's number among that writer's files."""
         number = index - self.job.num_training
         for name in self.job.settings.recordings:
             if number < 0:
@@ -191,7 +190,7 @@ class ShardScorer:
                 yield name, self._writers[heldout_set(name)], number
 
     def close(self) -> None:
-        """Give back the device."""
+        """Close the engine, which frees the device's memory."""
         if self._engine is not None:
             self._engine.close()
             self._engine = None
@@ -202,7 +201,7 @@ class ShardScorer:
 
     @cached_property
     def _writers(self) -> dict[str, ShardWriter]:
-        """By the name of their set."""
+        """One writer per shard set, by the set's name."""
         job, settings = self.job, self.job.settings
         data = (job.folder / RANKING_NAME).read_bytes()
         ranking = read_ranking(data, job.ranking_sha256, job.vocab_size, str(job.folder / RANKING_NAME))
@@ -247,12 +246,12 @@ class ShardScorer:
         return start_engine(self.job)
 
     def _machine(self) -> str:
-        """Where sums are taken; of a server nobody here knows it."""
+        """Return the kind of machine that computes the sums; empty for a server, whose machine is not known."""
         return "" if self.job.settings.engine == "server" else machine_kind(self.job.device)
 
 
 def start_engine(job: CacheJob) -> Engine:
-    """The job's teacher, on its device.
+    """Start the job's teacher on its device.
 
     Raises:
         MachineError, InputError: as the engine.
@@ -261,7 +260,7 @@ def start_engine(job: CacheJob) -> Engine:
 
 
 def recording_of(job: CacheJob) -> Recording:
-    """What the engine is to keep of each row of logits."""
+    """Return what the engine keeps of each row of logits, by the job's settings."""
     settings = job.settings
     return Recording(
         num_samples=settings.num_ids("sampled"),

@@ -1,4 +1,4 @@
-"""The shards of one slice of a cache, each claimed before the teacher sees it."""
+"""Make the shards of one slice of a cache. Each shard is claimed before the teacher scores it."""
 
 from __future__ import annotations
 
@@ -14,9 +14,13 @@ from capgap.pipeline.stage.context import Slice
 
 
 def make_slice(job: CacheJob, part: Slice) -> None:
-    """Make the shards of the slice that are not there and that nobody else is at.
+    """Make the missing shards of the slice that no other process is making.
 
-    What a killed process had claimed is free again; it is made here, if this slice may make it.
+    The claims of a killed process are free again, so this slice makes its shards if they belong to the slice.
+
+    Args:
+        job: the cache's job.
+        part: the slice.
 
     Raises:
         CapgapError: as `ShardScorer`.

@@ -44,20 +44,21 @@ __all__ = ["check", "prepare", "reopen", "run"]
 
 
 def check(run: RunFile, instance: Instance, inputs: Mapping[str, StageInput]) -> None:
-    """Refuse what does not fit together.
+    """Refuse a teacher, a corpus and settings that do not fit together.
 
     Raises:
-        MismatchError: teacher and corpus do not share a tokenizer.
-        SettingError: more ids are asked for than the vocabulary has.
-        CorruptError: a file of the teacher is not what it was.
+        MismatchError: teacher and corpus have different tokenizers, or the teacher is served and `cache.engine` is not
+            `server`, or the reverse.
+        SettingError: `cache.top_k` is larger than the vocabulary.
+        CorruptError: a file of the teacher has changed since its stage finished.
     """
     corpus_facts = CorpusFacts.model_validate(inputs["corpus"].manifest.facts)
     _require_fit(corpus_facts, teacher_facts(inputs["teacher"].manifest.facts), run.cache)
-    served_path(inputs["teacher"])  # before a finished cache is thrown away for a new one
+    served_path(inputs["teacher"])  # called here so that a damaged teacher is found before a finished cache is replaced
 
 
 def run(context: StageContext) -> StageResult:
-    """Write the target shards, and the tokenizer beside them.
+    """Write the target shards, and the tokenizer next to them.
 
     Raises:
         MismatchError, SettingError: as `check`; or the teacher's loss is far from what its stage measured.
@@ -106,9 +107,9 @@ def run(context: StageContext) -> StageResult:
 
 
 def prepare(context: StageContext) -> CacheJob:
-    """Write the tokenizer and what every process needs, the ranking of ids and the plan, and say what is to be made.
+    """Write the tokenizer, the ranking of ids and the plan of the shards, and return the job that makes the shards.
 
-    Whoever calls it again, for the same run, gets the same job.
+    Every call for the same run, in any process, returns the same job.
 
     Raises:
         CorruptError, InputError: as `write_tokenizer`, before anything is scored.
@@ -143,10 +144,10 @@ def prepare(context: StageContext) -> CacheJob:
 
 
 def _nearness_to_writer(text: Manifest, facts: CacheFacts, num_labels: int) -> dict[str, Any]:
-    """How near the writer of a text is to the teacher: KL(writer || teacher) on the writer's own text, nats/token.
+    """Return KL(writer || teacher) on the text that the writer sampled, in nats/token, as `writer_kl` for the totals.
 
-    The mean over the tokens that it sampled of its own logprob minus the teacher's estimates it without a bias, where
-    both are of temperature 1 and nothing was left out.
+    Its unbiased estimate is the mean, over the sampled tokens, of the writer's logprob minus the teacher's. This holds
+    only if both have temperature 1 and no token was left out; otherwise the result is empty.
     """
     sampled = RoundsSettings.model_validate(text.resolved["rounds"])
     own, num_written = text.totals.get("mean_logprob"), text.totals.get("answer_tokens")
@@ -158,7 +159,7 @@ def _nearness_to_writer(text: Manifest, facts: CacheFacts, num_labels: int) -> d
 
 
 def _make(scorer: ShardScorer, context: StageContext) -> list[FinishedShard]:
-    """Every shard in order: those that are finished as they are, the others made."""
+    """Return every shard in order, after making those that are not finished."""
     source = scorer.job.source
     found = {index: scorer.finished(index) for index in range(len(source.shards))}
     done = {index: shard for index, shard in found.items() if shard is not None}
@@ -167,7 +168,7 @@ def _make(scorer: ShardScorer, context: StageContext) -> list[FinishedShard]:
         largest = max(source.shards[index].num_sequences for index in missing)
         require_room(scorer.job.settings, largest * source.seq_len, source.seq_len)
     by_replicas = bool(missing) and context.run.cache.replicas > 1
-    # replicas have devices of their own, which this process does not know
+    # each replica has its own device, which this process does not know
     device = "" if by_replicas else scorer.job.device
     try:
         with shard_lines(scorer.job, "cache", list(found), set(done), device) as lines:
@@ -183,7 +184,7 @@ def _make(scorer: ShardScorer, context: StageContext) -> list[FinishedShard]:
 def _make_by_replicas(
     job: CacheJob, missing: list[int], context: StageContext, lines: ShardLines
 ) -> dict[int, FinishedShard]:
-    # imported here: Ray is an extra
+    # imported here because Ray is an optional dependency
     from capgap.pipeline.cache.replicas import make_by_replicas
 
     made = {}
@@ -214,7 +215,7 @@ def _recordings(settings: CacheSettings) -> dict[RecordingName, RecordingFacts]:
 def _require_fit(corpus: CorpusFacts, teacher: ModelFacts | ServedFacts, settings: CacheSettings) -> None:
     if (settings.engine == "server") != (teacher.served is not None):
         raise MismatchError(
-            "a teacher that is served is scored by its server, and no other teacher is",
+            "a served teacher is scored by its server, and no other teacher is",
             where="cache.engine",
             found=f"{settings.engine}, and a teacher that is {'not served' if teacher.served is None else 'served'}",
             fix="set teacher.served and cache.engine to server, or neither",
@@ -231,7 +232,7 @@ def _require_fit(corpus: CorpusFacts, teacher: ModelFacts | ServedFacts, setting
 
 
 def _num_shards(shard_set: ShardSet, max_tokens: int | None) -> int:
-    """All of them, or the fewest that hold `max_tokens` targets."""
+    """Return the smallest number of first shards that hold `max_tokens` targets, or the number of all shards."""
     total = 0
     for number, shard in enumerate(shard_set.shards, start=1):
         total += shard.num_sequences * shard_set.seq_len
@@ -241,7 +242,7 @@ def _num_shards(shard_set: ShardSet, max_tokens: int | None) -> int:
 
 
 def _first_blocks(heldout: ShardSet | None, num_sequences: int) -> tuple[ShardEntry, ...]:
-    """The first shards of the held-out text, the last of them cut after the block with that many sequences."""
+    """Return the first held-out shards, the last of which is cut after the block that reaches `num_sequences`."""
     chosen: list[ShardEntry] = []
     for shard in () if heldout is None else heldout.shards:
         missing = num_sequences - sum(one.num_sequences for one in chosen)

@@ -20,7 +20,7 @@ from capgap.pipeline.models.load import load_model
 from capgap.pipeline.stage.progress import advance_within
 from capgap.schemas.errors import InputError
 
-# Both sides have the same hidden states; 2 % of the largest logit is ten times what rounding to bfloat16 does.
+# Both computations start from the same hidden states. 2 % of the largest logit is ten times the rounding of bfloat16.
 _HEAD_TOLERANCE = 0.02
 _PROBE_TOKENS = 8
 
@@ -28,19 +28,19 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 
 
 class TransformersEngine:
-    """Scores in batches of about `batch_tokens` tokens.
+    """An engine that scores requests with transformers, in batches of about `batch_tokens` tokens.
 
     Args:
         path: the teacher's folder or id.
-        recording: what to keep.
+        recording: what to keep of each row of logits.
         dtype: `auto` or a float type of the teacher's weights.
-        batch_tokens: tokens in one forward pass.
+        batch_tokens: approximate number of tokens in one forward pass.
         device: `cpu` or `cuda:0`.
-        trust_remote_code: run code that comes with the teacher.
+        trust_remote_code: whether to run code that comes with the teacher.
 
     Raises:
-        InputError: there is no such model, or its logits are more than a linear function of the hidden states.
-        SettingError: more ids are to be kept than the vocabulary has.
+        InputError: the model does not exist, or its logits are not the head's product with the last hidden states.
+        SettingError: `recording.top_k` is larger than the vocabulary.
     """
 
     def __init__(
@@ -65,13 +65,13 @@ class TransformersEngine:
         self._require_own_head(path)
 
     def score(self, requests: Sequence[Request]) -> list[Scored]:
-        """As `Engine.score`.
+        """Score all requests and return the results in the order of the requests.
 
         Raises:
             InputError: a request cannot be scored, or its rows are not finite.
         """
         require_scorable(requests, self._recording.vocab_size, self._max_targets)
-        # the longest first: a batch is as long as its first request, and none is padded by much
+        # sorted by falling length, so that the requests of a batch are about equally long and need little padding
         order = sorted(range(len(requests)), key=lambda index: -len(requests[index].tokens_L1))
         scored: dict[int, Scored] = {}
         while order:
@@ -82,13 +82,13 @@ class TransformersEngine:
         return [scored[index] for index in range(len(requests))]
 
     def close(self) -> None:
-        """As `Engine.close`."""
+        """Drop the model, which frees the device's memory."""
         del self._model, self._head
 
     @torch.inference_mode()
     def _score_batch(self, requests: Sequence[Request]) -> list[Scored]:
         lengths = [len(r.tokens_L1) - 1 for r in requests]
-        # no token sees what follows it, so padding behind a request changes none of its rows
+        # attention is causal, so padding after a request changes none of its rows
         tokens_BL1 = torch.zeros((len(requests), max(lengths) + 1), dtype=torch.int64)
         for row_L1, request in zip(tokens_BL1, requests, strict=True):
             row_L1[: len(request.tokens_L1)] = torch.from_numpy(request.tokens_L1)
@@ -120,7 +120,7 @@ class TransformersEngine:
 
     @torch.inference_mode()
     def _require_own_head(self, path: str) -> None:
-        """Logits may be changed in a way that nobody here has heard of: hold ours against the model's own."""
+        """Compare the logits computed here with the model's own, as a model may change its logits in an unknown way."""
         tokens_BL = torch.arange(_PROBE_TOKENS, device=self._device)[None] % len(self._head.weight)
         own_NV = self._model(input_ids=tokens_BL, use_cache=False).logits[0].float()
         hidden_NH = self._model.base_model(input_ids=tokens_BL, use_cache=False).last_hidden_state[0]
@@ -145,6 +145,6 @@ class TransformersEngine:
 
 
 def _logit_scale(config: Any) -> float:
-    """By what the head's product is multiplied, as Cohere, Falcon-H1 and Granite have it in their configurations."""
+    """Return the factor on the head's product that the configurations of Cohere, Falcon-H1 and Granite give."""
     factors = [getattr(config, name, None) or 1.0 for name in ("logit_scale", "lm_head_multiplier")]
     return float(factors[0] * factors[1] / (getattr(config, "logits_scaling", None) or 1.0))

@@ -1,4 +1,4 @@
-"""Requests whose rows are captured on the worker, and how those rows come out of vLLM's front end.
+"""Score requests whose rows are captured on the worker, and take these rows from vLLM's front end.
 
 Legend: L targets of a request, C ids, W numbers.
 """
@@ -19,13 +19,13 @@ from capgap.pipeline.cache.vllm_worker import RequestKey
 from capgap.pipeline.stage.progress import advance_within
 from capgap.schemas.errors import InputError, MachineError
 
-# Head and log-softmax run in float32 in both places; only the batch of the matrix product differs.
+# Capture and vLLM's sampler both compute head and log-softmax in float32; only the batch of the matrix product differs.
 _GREEDY_TOLERANCE_NATS = 5e-3
 _SIGNATURE = ["self", "prompt_logprobs_tensors"]
 
 
 class CapturedRequests:
-    """Every row of a request, its last one included, as two arrays."""
+    """Scores requests whose rows, the last one included, the worker captures as two arrays per request."""
 
     def __init__(self, recording: Recording) -> None:
         import vllm
@@ -36,7 +36,7 @@ class CapturedRequests:
         )
 
     def score(self, run: Run, requests: Sequence[Request]) -> list[Scored]:
-        """As `Engine.score`."""
+        """Score all requests as one submission, and return the results in the order of the requests."""
         submission = [
             (
                 RequestKey(index, int(request.tokens_L1[-1]), request.digest).encode(),
@@ -64,7 +64,7 @@ def require_known_front_end() -> None:
 
 
 def unknown_vllm(why: str) -> MachineError:
-    """This vLLM has not the methods that capture takes the place of."""
+    """Return the error for a vLLM that lacks the methods which capture replaces; `why` says what was found."""
     import vllm
 
     return MachineError(
@@ -86,7 +86,7 @@ class _Rows:
 
 @contextmanager
 def _rows_kept_whole() -> Iterator[None]:
-    """vLLM's front end makes a Python object of every logprob; meanwhile it hands the tensors on."""
+    """Make vLLM's front end pass the tensors on, where it would otherwise make a Python object of every logprob."""
     from vllm.v1.engine.logprobs import LogprobsProcessor
 
     def keep_rows(self: Any, prompt_logprobs_tensors: Any) -> None:
@@ -115,12 +115,12 @@ def _require_own_rows(output: Any, scored: Scored, where: str) -> None:
     """The greedy token that vLLM's sampler chose after the prompt must be the top of the last captured row."""
     completion = output.outputs[0]
     greedy, top = float(completion.logprobs[0][completion.token_ids[0]].logprob), scored.top_logprob
-    # where a padding column of the head is no number, both say so, and the rows of real ids are as good as any
+    # if a padding column of the head is NaN, both logprobs are NaN, and the rows of the real ids are still valid
     if not (abs(top - greedy) <= _GREEDY_TOLERANCE_NATS or (math.isnan(top) and math.isnan(greedy))):
         raise InputError(
             "the captured rows are not those of the request",
             where=where,
             found=f"a top logprob of {top:.4f} after the last token",
             expected=f"{greedy:.4f}, the logprob of the greedy token",
-            fix="report this together with the version of vLLM; cache.engine: transformers is not concerned",
+            fix="report this together with the version of vLLM; cache.engine: transformers is not affected",
         )

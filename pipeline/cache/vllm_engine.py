@@ -1,7 +1,7 @@
-"""The teacher inside vLLM, in this process: prefill only, every row captured on the worker.
+"""The teacher inside vLLM, in this process: prefill only, with every row captured on the worker.
 
-Where a vLLM is not known to the capture, its public logprobs do for `topk`. With `tensor_parallel` above 1 each device
-has a worker process, which ends with this one.
+Where capture does not know the version of vLLM, vLLM's public logprobs are used for `topk`. With `tensor_parallel`
+above 1, each device has a worker process, which ends with this process.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from capgap.schemas.errors import InputError, MachineError
 
 _MOST_AT_ONCE = 1024
 
-# the last is all that oneDNN says where it finds no room for the code of a matrix product
+# oneDNN says only the last of these when it has no memory for the code of a matrix product
 _OUT_OF_MEMORY = (
     "out of memory",
     "can't allocate memory",
@@ -52,28 +52,28 @@ _OUT_OF_MEMORY = (
 
 
 class VllmEngine:
-    """One vLLM engine.
+    """An engine that scores requests with vLLM.
 
     Args:
         path: the teacher's folder or id.
-        recording: what to keep.
+        recording: what to keep of each row of logits.
         seq_len: the largest L of a request.
         dtype: `auto` or a float type of the teacher's weights.
-        batch_tokens: tokens that vLLM schedules at once.
+        batch_tokens: number of tokens that vLLM schedules at once.
         gpu_memory_fraction: share of the GPU's memory for weights and key-value cache.
         device: `cpu` or `cuda:0`.
-        tensor_parallel: devices that the teacher is spread over.
-        capture: `worker`, `public`, or `auto`: the public logprobs where the worker's are not to be had.
-        trust_remote_code: run code that comes with the teacher.
-        engine_args: further arguments of `vllm.LLM`, which win over those that are chosen here.
+        tensor_parallel: number of devices that the teacher is spread over.
+        capture: `worker`, `public`, or `auto`, which uses the public logprobs if this vLLM cannot be captured.
+        trust_remote_code: whether to run code that comes with the teacher.
+        engine_args: further arguments of `vllm.LLM`, which replace those that are chosen here.
 
     Attributes:
         runner: the generation of vLLM's model runner, `V1` or `V2`, or `public` where nothing is captured.
 
     Raises:
-        MachineError: vLLM is not installed, is of a version that cannot be captured, or cannot run the model here.
-        InputError: the model's positions are fewer than `seq_len`.
-        SettingError: what is to be kept cannot be had, or an argument of vLLM is not to be given.
+        MachineError: vLLM is not installed, has a version that cannot be captured, or cannot run the model here.
+        InputError: the model has fewer positions than `seq_len`, incomplete weights, or a quantised head.
+        SettingError: this vLLM cannot give what the recording keeps, or an argument of vLLM is not allowed.
     """
 
     def __init__(
@@ -107,8 +107,8 @@ class VllmEngine:
                 "a head of few bits gives vLLM no logits in float32",
                 where=path,
                 found=f"a quantised head ({quantisation_of(config)})",
-                expected="one in 16 bits or more: rounded logits change which ids are kept",
-                fix="set cache.engine to transformers, or make the cache with the model that was quantised",
+                expected="a head in 16 bits or more: rounded logits change which ids are kept",
+                fix="set cache.engine to transformers, or make the cache with the model before its quantisation",
             )
         if device == "cpu":
             require_runs_on_cpu(config, saved_dtype(config) if dtype == "auto" else dtype, num_stages)
@@ -121,7 +121,7 @@ class VllmEngine:
             "enable_chunked_prefill": True,  # a step may be smaller than a sequence
             "max_num_seqs": max(1, min(_MOST_AT_ONCE, batch_tokens // 8)),
             "max_logprobs": -1,
-            # prefill alone: a graph of steps that decode would be captured for nothing
+            # capgap only prefills, so CUDA graphs of decoding steps would be captured for nothing
             "compilation_config": {"cudagraph_mode": "NONE"},
             "worker_extension_cls": "capgap.pipeline.cache.vllm_worker.CaptureExtension",
             # with logits in bfloat16 half of all rows keep another set of ids
@@ -146,11 +146,11 @@ class VllmEngine:
         self.name = f"vllm {vllm.__version__}" + (", public logprobs" if self.runner == "public" else "")
 
     def record(self, recording: Recording) -> None:
-        """Keep this from now on.
+        """Use this recording for all further requests.
 
         Raises:
             MachineError: this vLLM cannot be captured.
-            SettingError: what is to be kept cannot be had.
+            SettingError: this vLLM cannot give what the recording keeps.
         """
         require_kept(recording.top_k, recording.vocab_size)
         self._vocab_size = recording.vocab_size
@@ -174,17 +174,17 @@ class VllmEngine:
         self._way, self.runner = PublicRequests(recording), "public"
 
     def score(self, requests: Sequence[Request]) -> list[Scored]:
-        """As `Engine.score`.
+        """Score all requests as one submission, and return the results in the order of the requests.
 
         Raises:
-            InputError: a request cannot be scored, or its rows are not finite, not exactly L, or not its own.
+            InputError: a request cannot be scored, or its rows are not finite, not exactly L, or another request's.
             MachineError: the engine failed or ran out of memory.
         """
         require_scorable(requests, self._vocab_size, self._seq_len)
         return self._way.score(self._run, requests)
 
     def close(self) -> None:
-        """As `Engine.close`."""
+        """Shut vLLM down, which frees the device's memory."""
         self._llm.llm_engine.engine_core.shutdown()
 
     def _run(self, submission: Submission) -> Iterator[tuple[int, Any]]:
@@ -193,7 +193,7 @@ class VllmEngine:
 
 @contextlib.contextmanager
 def _one_line(what: str, quantisation: str = "") -> Iterator[None]:
-    """A fault within vLLM, said in one line; of a teacher that is quantised, with how."""
+    """Turn an error inside vLLM into a MachineError of one line, which names the teacher's quantisation, if any."""
     try:
         yield
     except (MachineError, KeyboardInterrupt):
@@ -206,7 +206,7 @@ def _one_line(what: str, quantisation: str = "") -> Iterator[None]:
                 f"{what}, which is quantised: {quantisation}",
                 where="cache.engine: vllm",
                 found=said[:300],
-                fix="if this machine cannot run it, serve it from one that can (cache.engine: server), or name the "
+                fix="if this machine cannot run it, serve it from one that can (cache.engine: server), or use the "
                 "checkpoint that is not quantised",
             ) from error
         raise MachineError(

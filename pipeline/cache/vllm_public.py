@@ -1,12 +1,12 @@
-"""`topk` by what vLLM offers to everybody: prompt logprobs, in flat lists.
+"""The `topk` recording through vLLM's public interface: prompt logprobs in flat lists.
 
     prompt of L tokens -> entries 1 .. L - 1: logprobs of the label and of the top-k tokens, for rows 0 .. L - 2
                        -> the generated token's top-k tokens: row L - 1, the last one
 
-The last row's label is no part of the prompt. Where it is not among the top-k tokens, the sequence is submitted once
-more, for that one logprob. The tail is what the kept probabilities leave of 1, so it loses its digits below 1e-6;
-capture sums it up. Nothing but `topk` at temperature 1 can be had this way, and of a head with padding columns not even
-that: vLLM's logprobs go over all columns, and what the padding ones hold is not known.
+The last row's label is not part of the prompt. Where it is not among the top-k tokens, the sequence is submitted once
+more for that one logprob. The tail is 1 minus the sum of the kept probabilities, so it is imprecise below 1e-6; capture
+on the worker sums the tail itself. Only `topk` at temperature 1 is possible this way, and not for a head with padding
+columns: vLLM's logprobs are normalised over all columns, and the content of the padding columns is not known.
 
 Legend: L targets of a request, K ids kept.
 """
@@ -25,7 +25,7 @@ from capgap.schemas.errors import InputError, SettingError
 
 
 class PublicRequests:
-    """Every row of a request out of `FlatLogprobs`."""
+    """Scores requests through vLLM's public `FlatLogprobs`, which give every row of a request."""
 
     def __init__(self, recording: Recording) -> None:
         import vllm
@@ -41,7 +41,7 @@ class PublicRequests:
         )
 
     def score(self, run: Run, requests: Sequence[Request]) -> list[Scored]:
-        """As `Engine.score`."""
+        """Score all requests as one submission, and return the results in the order of the requests."""
         submission = [(str(i), request.tokens_L1[:-1].tolist(), self._params) for i, request in enumerate(requests)]
         found: dict[int, tuple[np.ndarray, np.ndarray]] = {}
         for index, output in run(submission):
@@ -53,7 +53,7 @@ class PublicRequests:
         return [unpack(self._recording, *found[index], request.name) for index, request in enumerate(requests)]
 
     def _rows(self, request: Request, output: Any) -> tuple[np.ndarray, np.ndarray]:
-        """Ids and numbers, as capture packs them; the last label's logprob is -inf where it is not known."""
+        """Return ids and numbers in the columns of `PackedRows`; an unknown logprob of the last label is -inf."""
         prompt, last, length = output.prompt_logprobs, output.outputs[0].logprobs, len(request.tokens_L1) - 1
         shape = (length, self._recording.top_k + 1)
         ids = np.concatenate([np.asarray(part.token_ids, dtype=np.int32) for part in (prompt, last)])
@@ -61,8 +61,8 @@ class PublicRequests:
             raise InputError(
                 "vLLM returned a wrong number of rows",
                 where=request.name,
-                found=f"{len(prompt)} positions of {ids.size} logprobs together",
-                expected=f"{length} of {length * shape[1]}",
+                found=f"{len(prompt)} positions with {ids.size} logprobs in total",
+                expected=f"{length} positions with {length * shape[1]} logprobs",
             )
         logprobs = np.concatenate([np.asarray(part.logprobs, dtype=np.float32) for part in (prompt, last)])
         logprobs = logprobs.reshape(shape)
@@ -85,31 +85,31 @@ class PublicRequests:
                 max_tokens=1, temperature=0.0, detokenize=False, logprob_token_ids=[label], flat_logprobs=True
             )
             submission.append((str(index), request.tokens_L1[:-1].tolist(), params))
-        # the sampled token stands first, the one that was asked for after it
+        # vLLM lists the sampled token first and the requested token second
         return [(index, output.outputs[0].logprobs.logprobs[1]) for index, output in run(submission)]
 
 
 def require_public(recording: Recording, num_columns: int, why: str) -> None:
-    """Raise SettingError where the public path cannot give what is to be kept.
+    """Raise SettingError where vLLM's public logprobs cannot give what the recording keeps.
 
     Args:
-        recording: what is to be kept.
-        num_columns: of the teacher's head.
-        why: the reason for the public path, as the user knows it.
+        recording: what to keep of each row of logits.
+        num_columns: number of columns of the teacher's head, padding included.
+        why: reason for using the public logprobs, as told to the user.
     """
     if recording.num_samples:
         found = "both" if recording.top_k else "sampled"
-        _refuse("cache.recording", found, "topk, all that vLLM's public logprobs can give", why)
+        _refuse("cache.recording", found, "topk, the only one that vLLM's public logprobs can give", why)
     if recording.temperature != 1.0:
-        _refuse("cache.temperature", recording.temperature, "1, that of vLLM's public logprobs", why)
+        _refuse("cache.temperature", recording.temperature, "1, the temperature of vLLM's public logprobs", why)
     if recording.extra_temperatures:
         found = ", ".join(f"{temperature:g}" for temperature in recording.extra_temperatures)
-        _refuse("cache.extra_temperatures", found, "none: tails at other temperatures take all logits", why)
+        _refuse("cache.extra_temperatures", found, "none: tails at other temperatures need all logits", why)
     if num_columns != recording.vocab_size:
         _refuse(
             "teacher",
             f"a head of {num_columns} columns",
-            f"{recording.vocab_size}, the vocabulary: vLLM's public logprobs go over the padding too",
+            f"{recording.vocab_size}, the vocabulary: vLLM's public logprobs include the padding columns",
             why,
         )
 

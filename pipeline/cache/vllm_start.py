@@ -1,9 +1,9 @@
-"""What must hold before vLLM is started: the package, the platform, the model's sizes, and room for a chunk of logits.
+"""Checks and settings before vLLM starts: the package, the platform, the model's sizes, and room for a chunk of logits.
 
-Memory of a chunk: `chunk_rows` x columns of the head x 18 bytes, and 8 more where the head is spread over several
-devices. Measured are 8 to 16.4: the logits, their probabilities, and at a temperature, or where more than a sixteenth
-of the columns is padding, one or two more copies in float32. The 8 are the logits of each device and those of all of
-them, gathered.
+A chunk takes `chunk_rows` x columns of the head x 18 bytes of memory, and 8 bytes more per logit where the head is
+spread over several devices. Measured values are 8 to 16.4 bytes per logit: the logits, their probabilities, and one or
+two more copies in float32 at a temperature other than 1, or where more than a sixteenth of the columns is padding. The
+8 further bytes are the logits of each device and the logits gathered from all devices.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from capgap.pipeline.store.extras import adding
 from capgap.schemas.errors import InputError, MachineError
 
 VNNI = ("avx512_vnni", "avx_vnni", "amx_int8")
-"""Instruction sets that add products of 8 bits in 32, by Linux' names for them."""
+"""Linux's names of the instruction sets that add products of 8-bit integers in 32 bits."""
 
 _MIN_KV_CACHE_BYTES = 128 << 20
 _BYTES_PER_LOGIT = 18
@@ -29,7 +29,7 @@ _BYTES_PER_GATHERED_LOGIT = 8
 
 
 def require_vllm(setting: str = "cache.engine") -> None:
-    """Raise MachineError where vLLM is not installed; `setting` is the one that asks for it."""
+    """Raise MachineError where vLLM is not installed; the error names `setting` as the setting that asks for vLLM."""
     if importlib.util.find_spec("vllm") is None:
         raise MachineError(
             "vLLM is not installed",
@@ -40,41 +40,46 @@ def require_vllm(setting: str = "cache.engine") -> None:
 
 
 def leave_cores_unbound() -> None:
-    """vLLM binds the threads of each engine on a machine to the same cores, unless it is told not to."""
+    """Tell vLLM not to bind threads to cores: by default it binds all engines of a machine to the same cores."""
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 
 
 def set_environment(device: str, num_workers: int) -> None:
-    """What vLLM reads from the environment when it is imported; the workers are those that share one teacher."""
+    """Set the environment variables that vLLM reads at its import, and silence its start-up notices.
+
+    Args:
+        device: `cpu` or `cuda:0`.
+        num_workers: number of worker processes that share one teacher.
+    """
     if device == "cpu" and num_workers > 1:
-        # its own way of binding workers to cores asks for one memory node each
+        # vLLM's default binding of workers to cores needs one memory node per worker
         leave_cores_unbound()
-    # in process: no engine process that could outlive this one; a worker on each further device ends with this process
+    # in this process, so that no engine process can outlive it; the workers on further devices end with this process
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-    # start-up notices that a user of capgap cannot act on
+    # a user of capgap can do nothing about these start-up notices
     logging.getLogger("torch._library").setLevel(logging.ERROR)
-    # on a CPU: that Triton has no backend for it, so the first generation of the model runner is used
+    # on a CPU it says that Triton has no backend there and that the first generation of the model runner is used
     logging.getLogger("vllm.triton_utils.importing").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="vllm")
-    # a request of L tokens generates one more, whose position is never computed
+    # vLLM generates one token after a request of L tokens, but never computes that token's position
     os.environ.setdefault("VLLM_ALLOW_LONG_MAX_MODEL_LEN", "1")
 
 
 def silence_dumps() -> None:
-    """No pages of a whole batch before the line that names a fault; to be called once vLLM has set its loggers up."""
+    """Stop vLLM from logging a whole batch before an error. Call it after vLLM has set up its loggers."""
     logging.getLogger("vllm.logging_utils.dump_input").setLevel(logging.CRITICAL)
 
 
 def require_platform(device: str, setting: str = "cache.engine") -> None:
-    """Raise MachineError where vLLM was built for another device than the one that the stage has leased."""
+    """Raise MachineError where vLLM was built for another kind of device than `device`, which the stage has leased."""
     from vllm.platforms import current_platform
 
     if current_platform.is_cpu() != (device == "cpu"):
         raise MachineError(
-            "the installed vLLM runs elsewhere",
+            "the installed vLLM was built for another kind of device",
             where=f"{setting}: vllm",
             found=f"a build for {current_platform.device_name}",
             expected=f"one for {device}",
@@ -85,14 +90,15 @@ def require_platform(device: str, setting: str = "cache.engine") -> None:
 def teacher_config(
     path: str, seq_len: int, device: str, trust_remote_code: bool = False, setting: str = "cache.engine"
 ) -> Any:
-    """The teacher's configuration.
+    """Load the teacher's configuration, and check that vLLM can run the teacher on this machine.
 
     Raises:
-        InputError: its positions are fewer than `seq_len`, or its weights are not complete.
-        MachineError: vLLM has no attention of its shape, or no product with such weights here, or lacks a package.
+        InputError: the teacher has fewer positions than `seq_len`, or its weights are not complete.
+        MachineError: vLLM does not support the size of its attention heads or the format of its weights on this
+            machine, or a package that vLLM needs is missing.
     """
     config = load_config(path, trust_remote_code)
-    # vLLM itself leaves what is missing of a linear layer as the memory was
+    # vLLM itself would leave missing weights of a linear layer uninitialized, without an error
     require_complete(path, trust_remote_code, config)
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)
     if positions is not None and positions < seq_len:
@@ -105,7 +111,7 @@ def teacher_config(
         )
     if getattr(config, "vision_config", None) is not None and importlib.util.find_spec("torchvision") is None:
         raise MachineError(
-            "vLLM imports torchvision for a model that sees, though its text alone is scored",
+            "vLLM imports torchvision for a model with vision, although only text is scored",
             where=path,
             found="no torchvision",
             fix=f"install a torchvision that was built for this torch, or set {setting} to transformers",
@@ -117,24 +123,24 @@ def teacher_config(
 
 
 def require_runs_on_cpu(config: Any, dtype: Any, num_stages: int) -> None:
-    """Raise MachineError for what vLLM's build for CPUs starts and then fails at, or dies of.
+    """Raise MachineError for settings with which vLLM's build for CPUs starts and then fails or crashes.
 
-    What is only slow there is warned of.
+    A dtype that is only slow on this CPU gives a warning.
 
     Args:
         config: the teacher's whole configuration.
-        dtype: that it is to be run in.
-        num_stages: groups of devices that its layers are dealt out to.
+        dtype: dtype that the teacher is to run in.
+        num_stages: number of pipeline stages, the groups of devices that the layers are divided among.
     """
     if num_stages > 1:
         raise MachineError(
-            "vLLM deals out no layers among CPUs",
+            "vLLM has no pipeline parallelism on CPUs",
             where="cache.engine_args.pipeline_parallel_size",
             found=num_stages,
             expected="1 on a CPU",
             fix="use cache.tensor_parallel, or a GPU",
         )
-    # its product of integers knows no other dtype of what is not quantised; float16 ends the process
+    # vLLM's integer product needs bfloat16 for the tensors that are not quantised; float16 even crashes the process
     if _has_integer_activations(config) and str(dtype).removeprefix("torch.") != "bfloat16":
         raise MachineError(
             "vLLM multiplies int8 on a CPU in bfloat16 alone",
@@ -147,32 +153,35 @@ def require_runs_on_cpu(config: Any, dtype: Any, num_stages: int) -> None:
 
 
 def quantisation_of(config: Any) -> str:
-    """The name of a checkpoint's quantisation, for messages; empty for one that is not quantised."""
+    """Return the name of a checkpoint's quantisation, for messages; empty if it is not quantised."""
     settings = quantisation_settings(config)
     names = dict.fromkeys(str(settings[key]) for key in ("quant_method", "format", "quant_algo") if settings.get(key))
     return ", ".join(names)
 
 
 def quantisation_settings(config: Any) -> dict[str, Any]:
-    """As `config.json` has them; empty for a checkpoint that is not quantised."""
+    """Return the `quantization_config` of `config.json`; empty if the checkpoint is not quantised."""
     found = getattr(config, "quantization_config", None) or {}
     return found if isinstance(found, dict) else dict(found.to_dict())
 
 
 def head_settings(config: Any) -> dict[str, Any]:
-    """By which vLLM gives logits in float32; none for a head of few bits, which has them in the model's dtype alone."""
+    """Return the arguments with which vLLM computes logits in float32.
+
+    They are empty for a quantised head, whose logits vLLM computes in the model's dtype only.
+    """
     return {} if has_low_bit_head(config) else {"hf_overrides": {"head_dtype": "float32"}}
 
 
 def has_low_bit_head(config: Any) -> bool:
-    """Whether the checkpoint's head is quantised, as compressed-tensors says it, and GPTQ."""
+    """Return whether the head is quantised, by the settings of compressed-tensors or GPTQ."""
     settings = quantisation_settings(config)
     groups = [one for one in (settings.get("config_groups") or {}).values() if isinstance(one, dict)]
     return bool(settings.get("lm_head")) or any("lm_head" in str(target) for one in groups for target in one["targets"])
 
 
 def has_packed_weights(config: Any) -> bool:
-    """Whether integers of few bits lie several to a number, as compressed-tensors, GPTQ and AWQ pack them."""
+    """Return whether several low-bit integers are packed into one number, as in compressed-tensors, GPTQ and AWQ."""
     settings = quantisation_settings(config)
     groups = [one for one in (settings.get("config_groups") or {}).values() if isinstance(one, dict)]
     formats = {settings.get("format"), *(one.get("format") for one in groups)}
@@ -186,39 +195,39 @@ def _has_integer_activations(config: Any) -> bool:
 
 
 def llm_settings(path: str, config: Any, device: str, trust_remote_code: bool, dtype: str = "auto") -> dict[str, Any]:
-    """What every engine here is started with, as arguments of `vllm.LLM`.
+    """Return the arguments of `vllm.LLM` that all of capgap's vLLM engines have in common.
 
     Args:
         path: the model's folder or id.
-        config: its whole configuration.
+        config: the model's whole configuration.
         device: `cpu` or a GPU's name.
-        trust_remote_code: run code that comes with the model.
-        dtype: of weights and activations; `auto` as they were saved.
+        trust_remote_code: whether to run code that comes with the model.
+        dtype: dtype of weights and activations; `auto` is the dtype of the saved weights.
     """
     return {
         "model": path,
         "trust_remote_code": trust_remote_code,
-        "load_format": "safetensors",  # nothing pickled is opened
+        "load_format": "safetensors",  # never opens a pickled file
         "dtype": saved_dtype(config) if dtype == "auto" else dtype,
         "enable_prefix_caching": False,  # a token that was computed before would get no row
         "enforce_eager": device == "cpu",
         "skip_tokenizer_init": True,
-        "language_model_only": True,  # of a model that sees or hears, the part that reads and writes
+        "language_model_only": True,  # only the language part of a multimodal model
         "disable_log_stats": True,
         "use_tqdm_on_load": False,
     }
 
 
 def saved_dtype(config: Any) -> Any:
-    """The dtype of the language model's weights, or where its part of the configuration names none, the whole one's.
+    """Return the dtype that the configuration names for the language model, or else for the whole model.
 
-    vLLM's own `auto` rounds float32 to bfloat16: the cache would hold another teacher than the one eval measures.
+    vLLM's own `auto` rounds float32 to bfloat16, so the cache would hold another teacher than the one eval measures.
     """
     return config.get_text_config().dtype or config.dtype or "auto"
 
 
 def chunk_bytes(num_columns: int, chunk_rows: int, tensor_parallel: int) -> int:
-    """What capture adds to a device's peak: a bound on all copies of the logits of one chunk."""
+    """Return an upper bound on the bytes that capture adds to a device's peak: all copies of one chunk's logits."""
     per_logit = _BYTES_PER_LOGIT + (_BYTES_PER_GATHERED_LOGIT if tensor_parallel > 1 else 0)
     return num_columns * chunk_rows * per_logit
 
@@ -232,10 +241,10 @@ def memory_settings(
     chunk_rows: int,
     tensor_parallel: int,
 ) -> dict[str, Any]:
-    """vLLM's arguments about memory.
+    """Return vLLM's arguments about memory.
 
     Raises:
-        MachineError: what vLLM leaves of a GPU does not hold a chunk of logits.
+        MachineError: the memory of the GPU that vLLM leaves free does not hold a chunk of logits.
     """
     if device == "cpu":
         return {"kv_cache_memory_bytes": _kv_cache_bytes(config.get_text_config(), batch_tokens, seq_len)}
@@ -262,7 +271,7 @@ def require_room(total_bytes: int, gpu_memory_fraction: float, needed_bytes: int
 
 
 def _require_products(config: Any, path: str, setting: str) -> None:
-    # vLLM's build for processors with AVX2 alone lacks `cpu_gemm_wna16`, and misses it in the middle of the first pass
+    # vLLM's build for processors with only AVX2 lacks `cpu_gemm_wna16`, and would fail during the first forward pass
     if has_packed_weights(config) and not cpu_has("avx512f"):
         raise MachineError(
             "vLLM has no product with packed weights of few bits for this processor",
@@ -270,7 +279,7 @@ def _require_products(config: Any, path: str, setting: str) -> None:
             found=f"{quantisation_of(config)}, and no AVX-512",
             fix=f"set {setting} to transformers, or take a machine with AVX-512 or a GPU",
         )
-    # without VNNI oneDNN adds two products of 8 bits in 16, where they are cut off: the logits are wrong, in silence
+    # without VNNI, oneDNN adds two products of 8 bits in 16 bits, which saturate: the logits are silently wrong
     if _has_integer_activations(config) and not cpu_has(*VNNI):
         raise MachineError(
             "vLLM multiplies int8 wrongly on this processor",
@@ -295,20 +304,20 @@ def _require_head_size(config: Any, path: str, setting: str) -> None:
 
 
 def _head_size(config: Any) -> int | None:
-    """Of attention; None for a model without any, such as Mamba."""
+    """Return the size of an attention head; None for a model without attention, such as Mamba."""
     num_heads: int | None = getattr(config, "num_attention_heads", None)
     if num_heads is None:
         return None
     latent: int | None = getattr(config, "qk_nope_head_dim", None)
     if latent is not None:
-        # of DeepSeek's latent attention, whose configuration calls the rotated part of a head its size
+        # DeepSeek's latent attention: its `head_dim` is only the rotated part of a head
         return latent + int(config.qk_rope_head_dim)
     size: int = getattr(config, "head_dim", None) or config.hidden_size // num_heads
     return size
 
 
 def _kv_cache_bytes(config: Any, batch_tokens: int, seq_len: int) -> int:
-    """Room for twice the tokens of a step: a sequence leaves as soon as its last token is scored."""
+    """Return the bytes of a cache for twice the tokens of a step: a sequence leaves once its last token is scored."""
     size = _head_size(config)
     if size is None:
         return _MIN_KV_CACHE_BYTES

@@ -1,6 +1,6 @@
-"""Carries requests out in vLLM, and hands out each as soon as it is finished.
+"""Run requests in vLLM, and yield each as soon as it is finished.
 
-`LLM.generate` does the same, and says nothing before the last of them.
+`LLM.generate` does the same, but returns only when all requests are finished.
 """
 
 from __future__ import annotations
@@ -10,21 +10,22 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 Submission = Sequence[tuple[str, list[int], Any]]
-"""Request ids, tokens and sampling parameters."""
+"""Requests as triples of request id, prompt tokens and sampling parameters."""
 
 Run = Callable[[Submission], Iterator[tuple[int, Any]]]
-"""Carries a submission out, and yields the place in it and vLLM's output of each request that is finished."""
+"""Runs a submission, and yields the place in it and vLLM's output of each request as soon as that is finished."""
 
 
 def finished_requests(
     llm: Any, submission: Submission, named: Callable[[], contextlib.AbstractContextManager[None]]
 ) -> Iterator[tuple[int, Any]]:
-    """As `Run`.
+    """Run a submission, and yield the place in it and vLLM's output of each request as soon as that is finished.
 
     Args:
         llm: a `vllm.LLM`.
-        submission: to be carried out.
-        named: within it the engine's faults are said in one line; what the caller makes of an output is not.
+        submission: the requests to run.
+        named: makes a context that turns errors of the engine into one-line errors. It covers the calls of vLLM only,
+            so that errors of the caller between two outputs pass unchanged.
     """
     engine = llm.llm_engine
     places = {request_id: place for place, (request_id, _, _) in enumerate(submission)}
@@ -39,7 +40,7 @@ def finished_requests(
                 if output.finished:
                     yield places.pop(output.request_id), output
     finally:
-        # what an error has left behind must not be taken for answers to the next submission
+        # requests that an error left in the engine would otherwise be taken for answers to the next submission
         if places:
             with contextlib.suppress(Exception):
                 engine.abort_request(list(places))

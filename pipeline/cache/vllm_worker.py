@@ -1,13 +1,13 @@
-"""Capture on the vLLM worker: rows of logits are reduced where they are, and travel as two tensors a request.
+"""Capture on the vLLM worker: rows of logits are reduced on their device, and travel as two tensors per request.
 
-vLLM asks its model runner, after every step, for the prompt logprobs of the requests in the batch. One bound method is
-replaced there, so that what travels in the prompt-logprob channel is our record of every prompt token, the last one
+After every step, vLLM asks its model runner for the prompt logprobs of the requests in the batch. Capture replaces the
+one bound method that answers, so that the prompt-logprob channel carries our record of every prompt token, the last one
 included:
 
     runner V1   model_runner._get_prompt_logprobs_dict(hidden_states, num_scheduled_tokens)
     runner V2   model_runner.prompt_logprobs_worker.compute_prompt_logprobs(logits_fn, hidden_states, input_batch, ...)
 
-Each method's signature is compared with the one this code was written for, and a vLLM that differs is refused by name.
+Each method's signature is compared with the one that this code was written for. A vLLM with another one is refused.
 
 Legend: N rows of a step, L targets of a request, C ids, W numbers, H hidden, V vocabulary.
 """
@@ -43,26 +43,32 @@ _V2_SIGNATURE = [
 
 @dataclass(frozen=True)
 class RequestKey:
-    """What the worker must know of a request and its prompt does not say; travels as the request's id."""
+    """What the worker must know about a request beside its prompt; it travels as the request's id.
+
+    Attributes:
+        index: place of the request in its submission.
+        label: the last token of the request, which is not part of the prompt.
+        digest: the key of the request's samples.
+    """
 
     index: int
     label: int
     digest: bytes
 
     def encode(self) -> str:
-        """As a request id."""
+        """Return the key as a request id."""
         return f"{self.index}.{self.label}.{self.digest.hex()}"
 
     @staticmethod
     def decode(request_id: str) -> RequestKey:
-        """From a request id, with or without the random suffix that vLLM appends."""
+        """Read the key from a request id, with or without the random suffix that vLLM appends."""
         index, label, digest = request_id.split("-")[0].split(".")
         return RequestKey(int(index), int(label), bytes.fromhex(digest))
 
 
 @dataclass(frozen=True)
 class _Span:
-    """Rows of one request in a step: `num_rows` rows of the batch from `row`, prompt positions from `start`."""
+    """Rows of one request in a step: `num_rows` rows of the batch, from `row` on, at prompt positions from `start`."""
 
     request_id: str
     row: int
@@ -77,12 +83,12 @@ class _Span:
 
 
 class Capture:
-    """Records the rows of every step and puts a request's chunks together.
+    """Records the rows of every step and joins the chunks of each request.
 
     Args:
-        recording: what to keep.
-        answers: whether this worker's rows are the ones that reach the engine. Of several that share a teacher all
-            take part in the product with the head, and one records.
+        recording: what to keep of each row of logits.
+        answers: whether this worker's rows reach the engine. Where several workers share a teacher, all of them take
+            part in the product with the head, but only one records.
     """
 
     def __init__(self, recording: Recording, answers: bool = True) -> None:
@@ -90,13 +96,19 @@ class Capture:
         self._unfinished: dict[str, list[tuple[_Span, PackedRows]]] = {}
 
     def step(self, hidden_NH: torch.Tensor, logits_of: LogitsOf, spans: list[_Span]) -> dict[str, Any]:
-        """The finished requests of this step, as vLLM's `LogprobsTensors`."""
+        """Record the rows of one step, and return the requests that it finishes, as vLLM's `LogprobsTensors`.
+
+        Args:
+            hidden_NH: the last hidden states of the whole batch.
+            logits_of: turns hidden states into logits; all workers that share a teacher must call it together.
+            spans: the rows of each request.
+        """
         from vllm.v1.outputs import LogprobsTensors
 
         finished = {}
         for span, packed in zip(spans, self._record(hidden_NH, logits_of, spans), strict=self._answers):
             chunks = self._unfinished.setdefault(span.request_id, [])
-            # after preemption a request starts over; rows of its first attempt are not needed
+            # after preemption a request starts over, so the rows of its first attempt are dropped
             chunks[:] = [chunk for chunk in chunks if chunk[0].stop <= span.start]
             chunks.append((span, packed))
             if span.stop < span.num_prompt:
@@ -140,14 +152,14 @@ class Capture:
 
 
 def on_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """The tensor there; from the host by way of pinned memory, so that nobody waits for the copy."""
+    """Move the tensor to the device; a copy from the host uses pinned memory, so that it does not block."""
     if tensor.device == device:
         return tensor
     return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def _rows(hidden_NH: torch.Tensor, spans: list[_Span]) -> torch.Tensor:
-    """The spans' rows in their order; no copy where they lie side by side, as they do in a batch of prompts alone."""
+    """Return the rows of all spans in order, without a copy if they are adjacent, as in a batch of prompts only."""
     if all(span.row + span.num_rows == following.row for span, following in pairwise(spans)):
         return hidden_NH[spans[0].row : spans[-1].row + spans[-1].num_rows]
     return torch.cat([hidden_NH[s.row : s.row + s.num_rows] for s in spans])
@@ -163,20 +175,22 @@ class CaptureExtension:
     model_runner: Any
 
     def capgap_die_with(self, engine_pid: int) -> None:
-        """Where this worker has a process of its own, end it when the engine's process dies, however that dies."""
+        """If this worker runs in its own process, end that process when the engine's process dies for any reason."""
         if os.getpid() != engine_pid:
             die_with(engine_pid)
 
     def capgap_install(self, **recording: Any) -> str:
-        """Replace the runner's method and return the runner's generation, `V1` or `V2`; the last recording counts.
+        """Replace the runner's method and return the runner's generation, `V1` or `V2`.
+
+        A second call replaces the recording of the first.
 
         Raises:
-            RuntimeError: this vLLM has no such method, or one of another signature.
+            RuntimeError: this vLLM lacks the method, or the method has another signature.
         """
         return self.capgap_hook(Capture(Recording(**recording), answers=_first_of_its_group()))
 
     def capgap_hook(self, capture: Capture) -> str:
-        """As `capgap_install`, for a capture that was made already."""
+        """Replace the runner's method by the given capture and return the runner's generation, `V1` or `V2`."""
         self.capgap_remove()
         runner = self.model_runner
         worker = getattr(runner, "prompt_logprobs_worker", None)
@@ -189,7 +203,7 @@ class CaptureExtension:
         return "V1"
 
     def capgap_remove(self) -> None:
-        """Give the runner its own method back."""
+        """Restore the runner's own method."""
         vars(self.model_runner).pop("_get_prompt_logprobs_dict", None)
         worker = getattr(self.model_runner, "prompt_logprobs_worker", None)
         if worker is not None:

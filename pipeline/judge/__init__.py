@@ -1,10 +1,10 @@
-"""A language model judges the answers of a run's models.
+"""The judge stage: a language model judges the answers of a run's models.
 
 answers.jsonl of every model --> items (an answer, or two) --> prompts --> endpoint --> verdicts --> judge.json
 
-    items       what is judged: each answer alone, or each pair in both orders
-    prompts     what the judge is sent, and what of its reply counts
-    endpoint    one client of OpenAI's form, in whose words and errors no key appears
-    asking      many requests at once, each verdict kept as soon as it is there
+    items       the items to judge: each answer alone, or each pair of answers in both orders
+    prompts     the texts for the judge, and the part of its reply that counts
+    endpoint    an OpenAI-compatible client, whose texts and errors never contain the key
+    asking      many requests in parallel, whose verdicts are kept as soon as they arrive
     summary     means, intervals, wins
 """

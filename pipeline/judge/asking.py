@@ -1,6 +1,6 @@
-"""Asks the judge about every item, many at once; each verdict is a file as soon as it is there.
+"""Ask the judge about every item, many in parallel, and write each verdict to a file as soon as it arrives.
 
-A file is named by a digest of the item and its prompt, so that whoever goes on asks about exactly what is missing.
+A file is named by a digest of the item and its prompt, so a restarted stage asks about exactly the missing items.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from capgap.schemas.run_judge import JudgeSettings
 
 
 def kept_verdicts(tasks: Sequence[Task], folder: Path) -> dict[str, Verdict]:
-    """The verdicts that a folder holds, by the keys of their tasks."""
+    """Return the verdicts that a folder holds on the given tasks, by the tasks' keys."""
     found = {}
     for task in tasks:
         try:
@@ -41,19 +41,19 @@ def ask_about(
     folder: Path,
     earlier: Collection[Verdict] = (),
 ) -> dict[str, Verdict]:
-    """Verdicts on tasks by their keys, each kept in the folder.
+    """Ask the judge about all tasks, and return the verdicts by the tasks' keys. Each verdict is kept in the folder.
 
     Args:
-        tasks: what to ask about.
-        endpoint: where.
-        settings: how.
-        folder: for the verdicts.
+        tasks: tasks to ask about.
+        endpoint: the judge's endpoint.
+        settings: settings of the judge.
+        folder: folder for the verdicts.
         earlier: verdicts on other tasks that the same judge gave before.
 
     Raises:
-        MachineError: the judge cannot be reached, is too slow or fails; what was done is kept.
-        SettingError: it does not take the key, or has no such model.
-        InputError: it refuses every request, and did so before.
+        MachineError: the judge cannot be reached, is too slow or fails; verdicts so far are kept.
+        SettingError: the endpoint rejects the key, or does not serve the model.
+        InputError: the judge refuses every request, and refused all earlier ones.
     """
     found: dict[str, Verdict] = {}
     pool = ThreadPoolExecutor(settings.num_parallel, thread_name_prefix="judge")
@@ -67,7 +67,7 @@ def ask_about(
                     meter.advance()
         pool.shutdown()
     except Exception:
-        # those under way may still come to an end, and are kept
+        # requests in progress may still finish, and their verdicts are kept
         pool.shutdown(cancel_futures=True)
         raise
     except BaseException:
@@ -79,7 +79,7 @@ def ask_about(
             "the judge refuses every request",
             where=settings.base_url,
             found=next(iter(found.values())).invalid,
-            fix="change judge.model, judge.max_tokens or judge.temperature as it says",
+            fix="change judge.model, judge.max_tokens or judge.temperature, as the judge's message says",
         )
     for task in tasks:
         _keep(folder, task, found[task.key])
@@ -87,7 +87,7 @@ def ask_about(
 
 
 def with_what_is_kept(error: MachineError, num_kept: int, num_all: int) -> MachineError:
-    """The error, which also says how much is done."""
+    """Return the same error with the number of verdicts that are kept."""
     return MachineError(
         error.what,
         where=error.where,
@@ -100,7 +100,7 @@ def with_what_is_kept(error: MachineError, num_kept: int, num_all: int) -> Machi
 def _ask_and_keep(
     task: Task, endpoint: JudgeEndpoint, settings: JudgeSettings, folder: Path, stop: Event
 ) -> Verdict | None:
-    """None where another request has failed in a way that ends the stage."""
+    """Ask about one task and keep the verdict; None if another request has failed in a way that ends the stage."""
     if stop.is_set():
         return None
     try:
@@ -134,7 +134,7 @@ def _ask(task: Task, endpoint: JudgeEndpoint, num_asks: int) -> Verdict:
 
 
 def _is_refused(verdict: Verdict) -> bool:
-    """Whether the judge has said nothing at all about it."""
+    """Return whether the judge refused the first request about an item, so that there is no reply at all."""
     return len(verdict.asks) == 1 and verdict.invalid.startswith("refused: ")
 
 

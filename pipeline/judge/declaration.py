@@ -1,4 +1,4 @@
-"""What the rest of the pipeline knows of the judge stage."""
+"""The declaration of the judge stage, which is all that the rest of the pipeline knows about it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from capgap.pipeline.stage.declaration import Stage
 from capgap.pipeline.stage.instances import names, once
 from capgap.schemas.run_file import RunFile
 
-# what decides the answers decides the verdicts through them
+# settings that decide the answers are left out here, as the answers are inputs of this stage
 _OF_THE_ANSWERS = ("questions", "answers", "teacher")
 
 

@@ -1,4 +1,4 @@
-"""The judge behind its endpoint."""
+"""The client of the judge's endpoint."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from capgap.schemas.run_judge import JudgeSettings
 
 
 class JudgeEndpoint(Endpoint):
-    """Asks the judge.
+    """A client that asks the judge.
 
     Raises:
-        SettingError: the key holds characters that no key has.
+        SettingError: the key holds characters that a key cannot have.
     """
 
     def __init__(self, settings: JudgeSettings) -> None:
@@ -23,20 +23,21 @@ class JudgeEndpoint(Endpoint):
         self._more: dict[str, Any] = {} if settings.temperature is None else {"temperature": settings.temperature}
 
     def identity(self) -> JudgeIdentity:
-        """Who answers here under the judge's name; without more than the name where the endpoint lists no models.
+        """Return the judge's name and what the endpoint lists about it; only the name where it lists no models.
 
         Raises:
-            MachineError, SettingError: as `listed`.
+            MachineError: the endpoint cannot be reached, or does not answer in OpenAI's form.
+            SettingError: the endpoint rejects the key.
         """
         return JudgeIdentity(model=self.model, served=self.listed().get(self.model, {}))
 
     def ask(self, messages: Messages) -> Ask:
-        """One reply.
+        """Send the messages to the judge and return its reply.
 
         Raises:
-            MachineError: the endpoint cannot be reached, is too slow, too busy or fails, as often as it was asked.
-            SettingError: it does not take the key, or has no such model.
-            RefusedError: it does not take this request.
+            MachineError: the endpoint cannot be reached, is too slow, too busy or fails, in every attempt.
+            SettingError: the endpoint rejects the key, or does not serve the model.
+            RefusedError: the endpoint refuses this request.
         """
         try:
             made = self.client.chat.completions.create(

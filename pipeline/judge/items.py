@@ -1,4 +1,4 @@
-"""What is judged: each answer alone, or each pair of answers in both orders."""
+"""The items to judge: each answer alone, or each pair of answers in both orders."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ _TURNS: tuple[Literal[1, 2], ...] = (1, 2)
 
 @dataclass(frozen=True)
 class Model:
-    """A model that was judged.
+    """A model whose answers are judged.
 
     Attributes:
-        name: of the instance that made it, for example `train/distilled/seed-0`.
-        arm: None for the teacher.
-        seed: None for the teacher.
+        name: name of the instance that made the model, for example `train/distilled/seed-0`.
+        arm: the arm of a student; None for the teacher, or where the run has no arms.
+        seed: the seed of a student; None for the teacher.
     """
 
     name: str
@@ -32,14 +32,14 @@ class Model:
 
 @dataclass(frozen=True)
 class Task:
-    """An item, and what the judge is sent about it."""
+    """An item to judge, and the messages that ask the judge about it."""
 
     item: Item
     messages: Messages
 
     @cached_property
     def key(self) -> str:
-        """Digest of both."""
+        """Digest of the item and the messages, of 32 hexadecimal digits."""
         return digest_of([self.item.model_dump(mode="json"), list(self.messages)])[:32]
 
 
@@ -48,7 +48,7 @@ Answers = Mapping[Model, Sequence[Answered]]
 
 
 def tasks(answers: Answers, modes: Sequence[str]) -> list[Task]:
-    """All of them, question after question."""
+    """Return all tasks of the given modes, `single` and `pairwise`; each model's or pair's are in question order."""
     found: list[Task] = []
     if "single" in modes:
         for model, answered in answers.items():
@@ -62,7 +62,7 @@ def tasks(answers: Answers, modes: Sequence[str]) -> list[Task]:
 
 
 def pairs(models: Sequence[Model]) -> Iterator[tuple[Model, Model]]:
-    """Each two models of a seed, and each student with the teacher, which has none; the teacher stands last."""
+    """Yield each pair of models with the same seed, and each student with the teacher, which comes second."""
     for first, second in combinations(models, 2):
         if first.seed is None:
             yield second, first

@@ -1,8 +1,8 @@
-"""What the judge is sent, and what of its reply counts as a verdict.
+"""The texts that the judge is sent, and the part of its reply that counts as a verdict.
 
-A reply counts if every mark in double brackets outside its thoughts says one and the same thing, and that is a rating
-or a winner. Of one that was cut off only what stands behind thoughts counts. Anything else is no verdict: a number that
-is merely somewhere in the text is never taken for one.
+A reply counts if all marks in double brackets outside its thoughts are equal, and are a rating or a winner. Of a reply
+that was cut off, only the text after its thoughts counts. Anything else is no verdict: a number elsewhere in the text
+is never taken for a rating.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _REMINDER: dict[Kind, str] = {
     "`Better: [[B]]` or `Better: [[tie]]`.",
 }
 
-# Raise it when the sections below are laid out otherwise, or a reply is read otherwise.
+# Increase this number when the layout of the sections below changes, or the way in which a reply is read.
 _LAYOUT = "2"
 
 _MARK = re.compile(r"\[\[([^\[\]]*)\]\]")
@@ -54,17 +54,17 @@ _THOUGHTS_BEGIN, _THOUGHTS_END = "<think>", "</think>"
 
 @lru_cache(maxsize=1)
 def prompts_digest() -> str:
-    """Digest of what the judge is sent, and of how its replies are read."""
+    """Return a digest of the texts for the judge, their layout and the way in which replies are read."""
     texts = (_HOW_TO_JUDGE, _RATE, _COMPARE, _BY_REFERENCE, _OF_TWO_TURNS, *_REMINDER.values(), _LAYOUT)
     return hashlib.sha256("\n".join(texts).encode()).hexdigest()[:16]
 
 
 def messages_for(answered: Sequence[Answered], turn: int) -> Messages:
-    """What the judge is sent.
+    """Return the messages that ask the judge about one or two answers.
 
     Args:
-        answered: one question with the answers of one model, to be rated, or of two, to be compared.
-        turn: 1 or 2: which answer is judged; with the second, the first stands before it.
+        answered: one question with the answers of one model, to be rated, or of two models, to be compared.
+        turn: 1 or 2, the turn whose answer is judged; the messages for turn 2 contain turn 1 as well.
     """
     question = answered[0].question
     form = _RATE if len(answered) == 1 else _COMPARE
@@ -80,16 +80,16 @@ def messages_for(answered: Sequence[Answered], turn: int) -> Messages:
 
 
 def reminded(kind: Kind, messages: Messages, reply: str) -> Messages:
-    """What the judge is sent after a reply in which no verdict could be read."""
+    """Return the messages for the judge after a reply in which no verdict could be read."""
     return (*messages, {"role": "assistant", "content": reply}, {"role": "user", "content": _REMINDER[kind]})
 
 
 def rating_in(reply: str, *, is_cut: bool = False) -> float | None:
-    """The rating from 1 to 10 that a reply gives; None where it gives none, or several.
+    """Return the rating from 1 to 10 that a reply gives; None where it gives no rating or different ones.
 
     Args:
-        reply: of the judge.
-        is_cut: it did not end by itself.
+        reply: the judge's reply.
+        is_cut: whether the reply was cut off at its largest length.
     """
     mark = _mark_in(reply, is_cut)
     if mark is None or not _NUMBER.fullmatch(mark):
@@ -98,16 +98,21 @@ def rating_in(reply: str, *, is_cut: bool = False) -> float | None:
 
 
 def winner_in(reply: str, *, is_cut: bool = False) -> Winner | None:
-    """Which of two answers a reply calls better; None where it names none, or several. As `rating_in`."""
+    """Return which of two answers a reply calls better; None where it gives no winner or different ones.
+
+    Args:
+        reply: the judge's reply.
+        is_cut: whether the reply was cut off at its largest length.
+    """
     mark = _mark_in(reply, is_cut)
     return None if mark is None else _WINNERS.get(mark.upper())
 
 
 def _mark_in(reply: str, is_cut: bool) -> str | None:
-    """What stands in double brackets; None where nothing does, or not the same everywhere."""
+    """Return the text in double brackets; None where there is none, or where the marks differ."""
     _, thoughts_ended, rest = reply.rpartition(_THOUGHTS_END)
     if is_cut and not thoughts_ended:
-        # it may all be thoughts: some servers write their beginning into the prompt, and the reply does not show it
+        # all of it may be thoughts: some servers put `<think>` into the prompt, so that the reply lacks it
         return None
     marks = {mark.strip() for mark in _MARK.findall(rest.partition(_THOUGHTS_BEGIN)[0])}
     return marks.pop() if len(marks) == 1 else None

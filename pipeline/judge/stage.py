@@ -1,4 +1,4 @@
-"""The judge stage: a language model's verdicts on the answers of every model. No model is on this stage's device."""
+"""The judge stage: a language model gives verdicts on the answers of every model. The stage uses no device."""
 
 from __future__ import annotations
 
@@ -25,23 +25,23 @@ _IDENTITY_NAME = "judge-identity.json"
 
 
 def check(run: RunFile, instance: Instance, inputs: Mapping[str, StageInput]) -> None:
-    """Refuse what can be seen before anything is asked.
+    """Refuse errors that can be found before anything is asked.
 
     Raises:
-        SettingError: the key holds what no key holds.
+        SettingError: the key holds characters that a key cannot have.
     """
     assert run.judge is not None
     key_of(run.judge)
 
 
 def run(context: StageContext) -> StageResult:
-    """Ask about everything that has no verdict yet, and write `verdicts.jsonl` and `judge.json`.
+    """Ask the judge about every item without a verdict, and write `verdicts.jsonl` and `judge.json`.
 
     Raises:
-        MachineError: the judge cannot be reached, is too slow or fails; what was done is kept.
-        SettingError: it does not take the key, or has no such model.
-        InputError: it refuses every request.
-        MismatchError: the models answered other questions, or another judge answers than the one that began.
+        MachineError: the judge cannot be reached, is too slow or fails; verdicts so far are kept.
+        SettingError: the endpoint rejects the key, or does not serve the model.
+        InputError: the judge refuses every request.
+        MismatchError: the models answered different questions, or another judge answers than the one that began.
     """
     settings = context.run.judge
     assert settings is not None
@@ -83,7 +83,7 @@ def _judge(found: list[Task], settings: JudgeSettings, work: Path) -> tuple[Judg
                     where=settings.base_url,
                     found=judge.served or "a judge that its endpoint does not list",
                     expected=begun.served or "a judge that its endpoint does not list",
-                    fix="bring the first one back, or start over with --remake judge",
+                    fix="serve the first judge again, or start over with --remake judge",
                 )
             kept |= ask_about(missing, endpoint, settings, folder, kept.values())
         except MachineError as error:
@@ -113,7 +113,7 @@ def _read_answers(context: StageContext) -> Answers:
 
 
 def _arm_and_seed(instance: str) -> tuple[str | None, int | None]:
-    """Arm and seed of `answers/ARM/seed-SEED` or `answers/seed-SEED`; `answers/teacher` has none."""
+    """Return arm and seed of `answers/ARM/seed-SEED` or `answers/seed-SEED`; both are None for `answers/teacher`."""
     *arm, last = instance.split("/")[1:]
     if last == TEACHER:
         return None, None

@@ -1,8 +1,8 @@
-"""From verdicts to figures: means over questions, wins, and intervals by resampling questions.
+"""Compute figures from verdicts: means over questions, wins, and intervals by resampling questions.
 
-Legend: Q questions, R resamples.
+Legend: Q questions, R resamples, T turns.
 
-What could not be read is in no mean and in every count of what could not be read.
+Verdicts that could not be read are left out of all means, and are counted as invalid.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from capgap.schemas.results import Interval
 _TURNS = (1, 2)
 _OTHER: Mapping[Winner, Winner] = {"first": "second", "second": "first", "tie": "tie"}
 
-# By question and turn.
+# Ratings and winners by question and turn; None for a verdict that could not be read.
 _Ratings = Mapping[tuple[str, int], float | None]
 _Winners = Mapping[tuple[str, int], Winner | None]
 
 
 def summarise(judge: JudgeIdentity, answers: Answers, verdicts: Sequence[Verdict], num_bootstrap: int) -> JudgeResults:
-    """The results of a stage whose verdicts are all there."""
+    """Compute the results of a stage from all its verdicts, with `num_bootstrap` resamples."""
     questions = [str(one.question.question_id) for one in next(iter(answers.values()))]
     weights_RQ = resample_weights(len(questions), num_bootstrap)
     kinds = {verdict.item.kind for verdict in verdicts}
@@ -99,11 +99,14 @@ def _average(turn_1: Float64Array, turn_2: Float64Array, chosen: np.ndarray) -> 
 
 
 def _mean(turns: Sequence[Float64Array], weights_RQ: Int64Array) -> Mean | None:
-    """The mean of the turns' means over the questions where they have a number [Q]; None where one has none."""
+    """Return the mean of the turns' means, with its interval; None where a turn has no number at all.
+
+    A turn's mean is over the questions that have a number in that turn [Q].
+    """
     if any(np.isnan(turn_Q).all() for turn_Q in turns):
         return None
     resampled_R = np.mean([_means(turn_Q, weights_RQ) for turn_Q in turns], axis=0)
-    # a resample may hold no question with a number
+    # a resample is NaN if none of its questions has a number
     low, high = np.nanquantile(resampled_R, [(1 - COVERAGE) / 2, (1 + COVERAGE) / 2])
     value = float(np.mean([np.nanmean(turn_Q) for turn_Q in turns]))
     return Mean(value=value, interval=Interval(low=float(low), high=float(high)))
@@ -156,7 +159,7 @@ def _pair(
 
 
 def _pooled(points_TQ: Float64Array, weights_RQ: Int64Array) -> Mean | None:
-    """The mean over all that have a number, both turns of a question resampled together."""
+    """Return the mean over all points that are numbers; both turns of a question are resampled together."""
     known_TQ = ~np.isnan(points_TQ)
     if not known_TQ.any():
         return None

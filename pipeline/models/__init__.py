@@ -1,1 +1,1 @@
-"""Hugging Face models and tokenizers: found, loaded, checked and saved, in one place for all stages."""
+"""Hugging Face models and tokenizers: one place where all stages find, load, check and save them."""

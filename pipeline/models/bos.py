@@ -1,9 +1,9 @@
-"""Which ids begin a document: those that the model has seen before every text, if there are any.
+"""Find the ids that begin a document: the beginning-of-sequence token (BOS) that the model saw before every text.
 
-A model that was trained with such a token is another one without it: on the first 128 tokens of texts Gemma 3 270M
-loses 5.4 nats/token without and 3.5 with it, and on 128 from the middle of texts 5.8 and 3.4. A tokenizer says so by
-its post-processor, or by `add_bos_token` in its tokenizer_config.json. Files that were made of GGUF carry neither, and
-there the family is known by its architecture and by what it calls the token.
+A model that was trained with such a token predicts much worse without it: on the first 128 tokens of texts Gemma 3 270M
+has a loss of 5.4 nats/token without and 3.5 with it, and on 128 tokens from the middle 5.8 and 3.4. A tokenizer
+declares the token by its post-processor, or by `add_bos_token` in its tokenizer_config.json. Files that were converted
+from GGUF have neither; the model family is then recognized by its architecture and by the name of the token.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from capgap.schemas.run_corpus import BosRule
 
 _LOG = logging.getLogger("capgap")
 
-# By the beginning token's name, the architectures (as config.json's model_type begins) that were trained with it before
-# every text. The names tell apart what shares an architecture: SmolLM2 is a llama whose token is no beginning.
+# For each name of a BOS token, the beginnings of `model_type` of the architectures that were trained with it before
+# every text. The name is needed, as families share an architecture: SmolLM2 is a llama without a token before texts.
 _FAMILIES = {
     "<bos>": ("gemma", "recurrent_gemma", "shieldgemma", "vaultgemma"),
     "<|begin_of_text|>": ("llama", "mllama"),
@@ -35,15 +35,15 @@ _FAMILIES = {
 
 
 def document_bos(tokenizer: PreTrainedTokenizerBase, path: str | Path | None, rule: BosRule) -> tuple[int, ...]:
-    """The ids that stand before every document, one as a rule; none where nothing does.
+    """Return the ids to be put before every document: usually one or none.
 
     Args:
-        tokenizer: of the corpus.
-        path: folder or id that it comes from, whose config.json names the family; None where it was trained here.
+        tokenizer: tokenizer of the corpus.
+        path: folder or id of the tokenizer, whose config.json gives the architecture; None if capgap trained it.
         rule: `auto`, `never` or `always`.
 
     Raises:
-        InputError: one must stand there, and the tokenizer has none.
+        InputError: the rule is `always`, and the tokenizer has no BOS token.
     """
     own = tuple(ids_around(tokenizer)[0])
     if rule == "never":
@@ -62,22 +62,23 @@ def document_bos(tokenizer: PreTrainedTokenizerBase, path: str | Path | None, ru
             "the tokenizer has no token to begin a document with",
             where="corpus.bos: always",
             found="no bos_token",
-            expected="one in its tokenizer_config.json",
-            fix="name one there, or set corpus.bos to auto",
+            expected="a bos_token in its tokenizer_config.json",
+            fix="set it there, or set corpus.bos to auto",
         )
     _LOG.warning(
-        "corpus.bos: always: the tokenizer puts no %s before a text by itself, in serving too", _name(tokenizer)
+        "corpus.bos: always: the tokenizer puts no %s before a text by itself, so a server does not either",
+        _name(tokenizer),
     )
     return (int(known),)
 
 
 def _is_usual(tokenizer: PreTrainedTokenizerBase, path: str | Path) -> bool:
-    """Whether the files say so, or else the family is known to begin texts so."""
+    """Return whether the files ask for a BOS token, or say nothing and the family is known to be trained with it."""
     families = _FAMILIES.get(str(tokenizer.bos_token), ())
     kind = str(_read(path, "config.json").get("model_type", ""))
     said = _read(path, "tokenizer_config.json").get("add_bos_token")
     if said is True:
-        # to a class that a tokenizer.json of another kind is not read with
+        # transformers heeds add_bos_token only in some classes, and this tokenizer is read by another one
         _LOG.info("corpus.bos: %s: add_bos_token puts %s before a text", path, _name(tokenizer))
     elif said is None and kind.startswith(families):
         text = "corpus.bos: %s: the files put nothing before a text, but %s is trained with %s"

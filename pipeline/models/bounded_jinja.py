@@ -1,9 +1,10 @@
-"""Jinja's sandbox with a bound on the work of a rendering, which is counted and so the same on every machine.
+"""Jinja's sandbox with a bound on the work of a rendering, which is counted in steps and so the same on every machine.
 
-A step is a turn of a loop and each character that is made or compared; a call, a filter, a test, a comparison, and each
-entry of a list that one of them makes, are ten. What would make much at once is counted before it is made.
+A loop iteration is one step, and so is each character that is made or compared. A call, a filter, a test, a comparison,
+and each entry of a list that one of them makes are ten steps. Operations that can make much at once are counted before
+they run.
 
-    {% for i in range(100000) %}{% for ... %}      turns              {{ x | replace("a", big) }}, {{ "x" * 10 ** 9 }}
+    {% for i in range(100000) %}{% for ... %}      iterations         {{ x | replace("a", big) }}, {{ "x" * 10 ** 9 }}
     {% macro m() %}{{ m() }}{% endmacro %}         Python's own bound {% set x = x ~ x %}, {% set x = [x, x] %}
 """
 
@@ -26,23 +27,23 @@ _MADE, _TURNS = "capgap_made", "capgap_turns"
 
 
 class OverspentError(Exception):
-    """A rendering does more than it may."""
+    """A rendering needs more steps than its budget has."""
 
 
 class BoundedEnvironment(ImmutableSandboxedEnvironment):
-    """An environment whose renderings spend from a budget of steps; without one they spend as they like."""
+    """An environment whose renderings spend from a budget of steps; without a budget they are not bounded."""
 
     intercepted_binops = frozenset(["+", "*", "**", "%"])
     _left: float = float("inf")
 
     @classmethod
     def like(cls, other: Any) -> BoundedEnvironment:
-        """One with the options, extensions, filters, tests and globals of another."""
+        """Return a bounded environment with the options, extensions, filters, tests and globals of another one."""
         made: BoundedEnvironment = cls(
             trim_blocks=other.trim_blocks,
             lstrip_blocks=other.lstrip_blocks,
             extensions=[type(extension) for extension in other.extensions.values()],
-            optimized=False,  # what is constant would be worked out while the template is read, without a bound
+            optimized=False,  # otherwise constant expressions are evaluated at compile time, where nothing is counted
             finalize=lambda value: made.made(value),
         )
         made.globals |= {name: value for name, value in other.globals.items() if name not in made.globals}
@@ -53,10 +54,10 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
 
     @contextmanager
     def budget(self, num_steps: int) -> Iterator[None]:
-        """Within it the environment's templates may do so many steps.
+        """Within this context, the environment's templates may spend `num_steps` steps.
 
         Raises:
-            OverspentError: they do more.
+            OverspentError: the templates need more steps.
         """
         self._left = num_steps
         try:
@@ -65,25 +66,28 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
             self._left = float("inf")
 
     def spend(self, num_steps: float) -> None:
-        """Take steps from the budget."""
+        """Take steps from the budget, and raise OverspentError if none are left."""
         self._left -= num_steps
         if self._left < 0:
             raise OverspentError
 
     def made(self, value: Any) -> Any:
-        """The value, its size spent."""
+        """Spend the size of a value that was made, and return the value."""
         self.spend(_WORK + (len(value) if type(value) is str else size_of(value, self._left)))
         return value
 
     def turns(self, values: Any) -> Any:
-        """The values of a loop, a step each; a list stays one, for a loop's length and its last turn."""
+        """Spend the steps of a loop over `values`, and return the values.
+
+        A list stays a list, as `loop.length` and `loop.last` need it. Each value of an iterator costs ten steps.
+        """
         if isinstance(values, (list, tuple, dict, str, range)):
             self.spend(len(values))
             return values
         return self._each(values)
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        """Jinja's arithmetic, its result spent before it is made."""
+        """Compute an arithmetic operation, after spending the size of its result."""
         if operator == "*":
             self.spend(_times(left, right) + _times(right, left))
         elif operator == "+":
@@ -98,15 +102,15 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         return made
 
     def call(self, context: Any, function: Any, *args: Any, **kwargs: Any) -> Any:
-        """Jinja's call of whatever a template calls."""
-        # the sandbox puts a function of its own around str.format
+        """Call a function for a template, and spend its cost and the size of its result."""
+        # the sandbox wraps str.format into its own function
         owner = getattr(getattr(function, "__wrapped__", function), "__self__", None)
         if isinstance(owner, str):
             self.spend(_cost(getattr(function, "__name__", ""), owner, args, kwargs))
         return self.made(super().call(context, function, *args, **kwargs))
 
     def getitem(self, obj: Any, argument: Any) -> Any:
-        """An entry, or a part, whose size is spent."""
+        """Return an entry, or a slice, whose size is spent."""
         found = super().getitem(obj, argument)
         return self.made(found) if isinstance(argument, slice) else found
 
@@ -137,7 +141,7 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
 
 
 class _Counting(NodeTransformer):
-    """Puts what spends around the parts of a template that are neither calls nor filters."""
+    """Wraps filters that spend steps around those parts of a template that are neither calls nor filters."""
 
     def visit_For(self, node: nodes.For) -> nodes.Node:  # noqa: N802 (as Jinja calls it)
         self.generic_visit(node)
@@ -168,9 +172,10 @@ class _Counting(NodeTransformer):
 
 
 def size_of(value: Any, most: float = float("inf")) -> int:
-    """Characters of a text; of a list or an object ten for each entry, and what is in them; 0 of anything else.
+    """Return the size of a value in steps.
 
-    Counting ends above `most`: lists that hold one another many times are small in memory alone.
+    A text has one step per character, a list or object ten per entry plus the sizes of its entries, and any other value
+    0. Counting stops above `most`, as nested lists that share their entries can be huge while they are small in memory.
     """
     if isinstance(value, str):
         return len(value)
@@ -194,7 +199,7 @@ def _times(value: Any, count: Any) -> int:
 
 
 def _formatted(text: str, values: Any) -> int:
-    """Widths are numbers in the text or, for a star, among the values."""
+    """Return a bound on the size of a formatted text; widths are numbers in it or, for a `*`, among the values."""
     widths = sum(int(number) for number in _NUMBER.findall(text))
     given = values if isinstance(values, tuple) else (values,)
     widths += sum(value for value in given if isinstance(value, int)) if "*" in text else 0
@@ -202,7 +207,7 @@ def _formatted(text: str, values: Any) -> int:
 
 
 def _cost(name: str, value: Any, args: Any, kwargs: dict[str, Any]) -> int:
-    """What a filter, or a method of a text, may make of its arguments, as far as that is more than it was given."""
+    """Return the steps for the result of a filter or string method, as far as it can be larger than the arguments."""
     given = [*args, *kwargs.values()]
     numbers = sum(abs(one) for one in given if isinstance(one, int))
     longest = max((len(one) for one in given if isinstance(one, str)), default=0)

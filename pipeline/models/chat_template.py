@@ -1,7 +1,7 @@
-"""Conversations as a tokenizer's chat template writes them, which is what transformers' `apply_chat_template` gives.
+"""Write conversations with a tokenizer's chat template, with the same result as transformers' `apply_chat_template`.
 
-The template is a stranger's program. It runs as transformers runs it, in Jinja's sandbox with the same filters and
-extensions, and besides within a bound on its work: see `bounded_jinja`.
+The template is a program that a stranger wrote. It runs as in transformers, in Jinja's sandbox with the same filters
+and extensions, and in addition within a bound on its work (`bounded_jinja`).
 """
 
 from __future__ import annotations
@@ -18,21 +18,23 @@ from capgap.pipeline.models.bounded_jinja import BoundedEnvironment, OverspentEr
 from capgap.schemas.errors import BadRecordError, InputError
 
 NUM_STEPS = 10_000_000
-"""Work that one rendering may do, in the units of `bounded_jinja`: turns of loops, calls, and characters made."""
+"""Work that one rendering may do, in the units of `bounded_jinja`: loop iterations, calls, and characters made."""
 
 NUM_STEPS_PER_CHARACTER = 100
-"""What it may do besides for each character of the conversation."""
+"""Further work that a rendering may do for each character of the conversation, in the units of `bounded_jinja`."""
 
 _EMPTY = ""
-# what transformers looks for, too
+# the same expression that transformers searches for
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
 def default_template(tokenizer: PreTrainedTokenizerBase, where: str) -> ChatTemplate:
-    """The chat template with which a tokenizer writes conversations without tools: of several that named `default`.
+    """Return the chat template of a tokenizer for conversations without tools.
+
+    Of several templates it is the one that is named `default`.
 
     Raises:
-        InputError: none is, or as `ChatTemplate`.
+        InputError: none of several templates is named `default`, or as `ChatTemplate`.
     """
     known = tokenizer.chat_template
     if isinstance(known, dict) and "default" not in known:
@@ -41,26 +43,26 @@ def default_template(tokenizer: PreTrainedTokenizerBase, where: str) -> ChatTemp
             where=where,
             found=", ".join(map(ascii, sorted(known))),
             expected="one that is named default",
-            fix="save the one that is meant as chat_template.jinja beside the tokenizer",
+            fix="save the intended template as chat_template.jinja next to the tokenizer",
         )
     return ChatTemplate(tokenizer, where, known["default"] if isinstance(known, dict) else None)
 
 
 class ChatTemplate:
-    """The one chat template of a tokenizer, ready to write conversations.
+    """A compiled chat template that writes conversations.
 
     Args:
-        tokenizer: which has one.
-        where: the template as the user knows it, for errors.
-        source: the template, where the tokenizer has several.
+        tokenizer: the tokenizer, which gives the special tokens, and the template where `source` is None.
+        where: name of the template in errors.
+        source: text of the template, where the tokenizer has several.
 
     Attributes:
-        has_marks: whether it marks what the assistant says, with `{% generation %}`.
-        knows_tools: whether it speaks of tools at all.
-        has_warned: for whoever uses it, whether that was said.
+        has_marks: whether the template marks the assistant's messages with `{% generation %}`.
+        knows_tools: whether the word `tools` occurs in the template.
+        has_warned: whether the user of this object has already warned about the template; set by that user.
 
     Raises:
-        InputError: it is no template.
+        InputError: the tokenizer has no template or several, or the text is not a Jinja template.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, where: str, source: str | None = None) -> None:
@@ -69,12 +71,12 @@ class ChatTemplate:
         if not isinstance(source, str):
             found = f"several: {', '.join(map(ascii, sorted(source)))}" if source else "no chat template"
             fix = "keep one, as chat_template.jinja beside the tokenizer" if source else None
-            raise InputError("there is no one chat template", where=where, found=found, expected="one", fix=fix)
+            raise InputError("there is no single chat template", where=where, found=found, expected="one", fix=fix)
         self.has_marks = _GENERATION.search(source) is not None
         self.knows_tools, self.has_warned = "tools" in source, False
-        # theirs is asked with an empty template: compiling works out what is constant
+        # transformers' environment is taken from an empty template, as compiling evaluates constant expressions
         self._environment = BoundedEnvironment.like(_compile_jinja_template(_EMPTY).environment)
-        # transformers' extension for `{% generation %}` adds it
+        # added by transformers' extension for `{% generation %}`
         self._tracked: Any = vars(self._environment)["activate_tracker"]
         self._marked = _marked_texts(self._environment)
         try:
@@ -86,28 +88,31 @@ class ChatTemplate:
     def render(
         self, messages: Sequence[dict[str, Any]], tools: list[dict[str, Any]], name: str, asks: bool = False
     ) -> str:
-        """The text of a conversation.
+        """Return the text of a conversation.
 
         Args:
-            messages: of the conversation.
-            tools: which the assistant may call; empty where there are none.
-            name: the conversation as the user knows it, for errors.
-            asks: whether the prompt for an answer stands at the end.
+            messages: messages of the conversation, in order.
+            tools: tools that the assistant may call; may be empty.
+            name: name of the conversation in errors.
+            asks: whether to end the text with the prompt for an answer.
 
         Raises:
             BadRecordError: the template refuses the conversation.
-            InputError: it does not end within its bound.
+            InputError: the template does not end within its bound on work.
         """
         return self._render(messages, tools, name, asks)[0]
 
     def render_marked(
         self, messages: Sequence[dict[str, Any]], tools: list[dict[str, Any]], name: str, asks: bool = False
     ) -> tuple[str, list[tuple[int, int]]]:
-        """As `render`, and where in the text the assistant speaks, as the template marks it.
+        """Return the text of a conversation, and the spans of the assistant's messages that the template marks.
+
+        A span is the pair of its first character and the character after its last one. The arguments are those of
+        `render`.
 
         Raises:
-            BadRecordError, InputError: as `render`.
-            InputError: what is marked does not stand where transformers has it.
+            BadRecordError: the template refuses the conversation.
+            InputError: the template does not end within its bound, or a mark does not give the place of its text.
         """
         text, spans = self._render(messages, tools, name, asks)
         for (start, end), marked in zip(spans, self._marked, strict=True):
@@ -115,16 +120,16 @@ class ChatTemplate:
                 raise InputError(
                     "the chat template marks answers within a macro, a filter, a {% set %} block or the like",
                     where=self._where,
-                    found=f"{text[start:end][:60]!a} where {marked[:60]!a} should stand, in {name}",
-                    expected="{% generation %} where what is written goes straight into the text",
-                    fix="move the marks out, or use another template",
+                    found=f"{text[start:end][:60]!a} in the place of {marked[:60]!a}, in {name}",
+                    expected="{% generation %} only where the template's output goes directly into the text",
+                    fix="move the marks out of the macro, filter or block, or use another template",
                 )
         return text, spans
 
     def _render(
         self, messages: Sequence[dict[str, Any]], tools: list[dict[str, Any]], name: str, asks: bool
     ) -> tuple[str, list[tuple[int, int]]]:
-        """The text, and the marked places as transformers has them."""
+        """Return the text, and the marked spans as transformers gives them."""
         self._marked.clear()
         blocks: list[str] = []
         spans: list[tuple[int, int]] = []
@@ -142,7 +147,7 @@ class ChatTemplate:
         except RecursionError as error:
             raise self._refusal("the chat template does not end", error, "macros that end") from None
         except Exception as error:
-            # whatever a stranger's program raises is how it refuses
+            # a template refuses a conversation by raising any exception
             raise BadRecordError(
                 "the chat template refuses the conversation",
                 where=name,
@@ -156,10 +161,10 @@ class ChatTemplate:
 
 
 def _marked_texts(environment: BoundedEnvironment) -> list[str]:
-    """What the marks of the latest rendering enclose, in the order of their places: the list fills up.
+    """Return a list that every rendering fills with the texts that its marks enclose, in order.
 
-    Transformers counts what was written before a mark. What a macro, a filter or a block that is set writes is written
-    when it ends, so that the place of a mark within is wrong, and nothing but the text tells.
+    transformers gets the place of a mark by counting the text written before it. The output of a macro, a filter or a
+    `set` block is written only when that ends, so the place of a mark within it is wrong. Only the text itself tells.
     """
     texts: list[str] = []
     tracker: Any = next(one for one in environment.extensions.values() if "generation" in one.tags)

@@ -1,4 +1,4 @@
-"""Fresh models of a given shape, and the checks that a given one must pass before it meets a corpus."""
+"""Make fresh models of a given shape, and check that a given model fits a corpus."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ from capgap.schemas.run_model import ModelShape
 
 
 def corpus_tokenizer(corpus: StageInput) -> PreTrainedTokenizerBase:
-    """The tokenizer of a finished corpus, or of a cache that stands for it."""
+    """Load the tokenizer of a finished corpus, or of a cache that takes its place."""
     return RunText(corpus).tokenizer()
 
 
 def fresh_model(shape: ModelShape, corpus: StageInput, seed: int) -> PreTrainedModel:
-    """A Llama-shaped model whose weights are a pure function of shape, vocabulary and seed.
+    """Make a Llama-shaped model whose weights are a pure function of shape, vocabulary and seed.
 
     Weights have the standard deviation sqrt(2 / (5 hidden)) ("small init": Nguyen & Salazar, arXiv 1910.05895). With
-    the 0.02 that is usual at widths of thousands, a narrow model spends its first hundreds of steps on a plateau.
+    0.02, which is usual for widths of thousands, a narrow model spends its first hundreds of steps on a plateau.
     """
     facts = RunText(corpus).facts
     config = LlamaConfig(
@@ -53,13 +53,13 @@ def fresh_model(shape: ModelShape, corpus: StageInput, seed: int) -> PreTrainedM
 
 
 def seq_len_of(corpus: StageInput) -> int:
-    """Targets per sequence of a finished corpus, or of a cache that stands for it."""
+    """Return the number of targets per sequence of a finished corpus, or of a cache that takes its place."""
     return RunText(corpus).seq_len
 
 
 @contextmanager
 def named(setting: str) -> Iterator[None]:
-    """Whoever made the run file knows the setting."""
+    """Within this context, make an InputError name the setting, which the author of the run file knows."""
     try:
         yield
     except InputError as error:
@@ -75,19 +75,19 @@ def check_given_model(
     to_be_adapted: bool = False,
     is_served: bool = False,
 ) -> tuple[str, ModelFacts]:
-    """Facts of a given model that fits the text, and its path, absolute where it is a folder.
+    """Check that a given model fits a corpus, and return its path, absolute for a folder, and its facts.
 
     Args:
         path: folder or id, as given.
-        corpus: the corpus that it must fit, or the cache that stands for it.
+        corpus: the corpus that the model must fit, or a cache that takes its place.
         setting: the setting that names the model, for errors.
-        trust_remote_code: run code that comes with it.
-        to_be_adapted: the corpus's tokenizer may have entries that the model has not.
-        is_served: its weights are elsewhere; configuration and tokenizer alone are looked at.
+        trust_remote_code: whether to run code that comes with the model.
+        to_be_adapted: whether the corpus's tokenizer may have entries that the model lacks.
+        is_served: whether the weights are elsewhere, so that only configuration and tokenizer are checked.
 
     Raises:
-        InputError: there is no such model, it has an encoder, its weights are not complete, or it takes shorter
-            sequences than the corpus has.
+        InputError: the model does not exist, has an encoder, lacks weights, or takes shorter sequences than the corpus
+            has.
         MismatchError: its tokenizer differs from the corpus's, or its vocabulary is smaller.
     """
     text = RunText(corpus)
@@ -99,14 +99,14 @@ def check_given_model(
 
 @dataclass(frozen=True)
 class Expected:
-    """What a given model must fit.
+    """The properties of a text that a given model must fit.
 
     Attributes:
-        tokenizer: of the text; None where it is not known yet.
-        whose: the text, as it is called in errors.
-        seq_len: targets of its sequences.
-        to_be_adapted: the text's tokenizer may have entries that the model has not.
-        is_served: the model's weights are elsewhere.
+        tokenizer: tokenizer of the text; None where it is not known yet.
+        whose: name of the text in errors.
+        seq_len: number of targets per sequence.
+        to_be_adapted: whether the text's tokenizer may have entries that the model lacks.
+        is_served: whether the model's weights are elsewhere.
     """
 
     tokenizer: PreTrainedTokenizerBase | None
@@ -117,7 +117,7 @@ class Expected:
 
 
 def check_model(path: str, setting: str, trust_remote_code: bool, expected: Expected) -> tuple[str, ModelFacts]:
-    """As `check_given_model`, for a text of which only this is known."""
+    """Check a given model by the known properties of its text; results and errors are those of `check_given_model`."""
     where = f"{setting}: {path}"
     resolved = str(Path(path).resolve()) if Path(path).is_dir() else path
     with named(where):
@@ -133,7 +133,7 @@ def check_model(path: str, setting: str, trust_remote_code: bool, expected: Expe
     if expected.tokenizer is not None:
         require = require_extended_tokenizer if expected.to_be_adapted else require_same_tokenizer
         require(expected.tokenizer, expected.whose, tokenizer, where)
-    # what it has beside the text's ids is padding
+    # rows of the model beyond the ids of the text are padding
     of_text = tokenizer if expected.tokenizer is None or expected.to_be_adapted else expected.tokenizer
     facts = model_facts(config, of_text, resolved, trust_remote_code)
     if facts.padded_vocab_size < facts.tokenizer.vocab_size:

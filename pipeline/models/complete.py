@@ -1,10 +1,10 @@
-"""Is a given model complete? The headers of its files are held against the empty model of its configuration.
+"""Check that a given model is complete: compare the headers of its files with the empty model of its configuration.
 
     safetensors headers --transformers' own renamings--> names and shapes --against--> the model on the device `meta`
 
-Transformers fills what is missing with random numbers, and vLLM leaves it as the memory was; either goes on. Here it is
-found out before a weight is read. Which names a checkpoint may have is transformers' knowledge, so its own loading does
-the comparison, with tensors that have a shape and nothing in it.
+transformers fills missing weights with random numbers, and vLLM leaves them uninitialized; both go on. This check finds
+them before a weight is read. Only transformers knows which names a checkpoint may have, so its own loading does the
+comparison, with tensors that have a shape but no data.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ from capgap.schemas.errors import InputError
 _LOG = logging.getLogger("capgap")
 
 _MOST_NAMED = 3
-# methods whose weights cannot be of the types below
+# quantisation methods whose files always hold some tensor of a type that is not in _FLOATS
 _PACKING = ("bitsandbytes", "gptq", "awq", "fp8", "fbgemm_fp8", "mxfp4")
 _FLOATS = ("F64", "F32", "F16", "BF16")
 
-# Wherever in a name, and who puts it there.
+# Marks that wrappers put into the names of tensors, and the wrapper.
 _WRAPPERS = {
     "_orig_mod.": "torch.compile",
     "_fsdp_wrapped_module.": "FSDP",
@@ -44,8 +44,8 @@ _WRAPPERS = {
     "base_model.model.": "PEFT, whose adapters are not merged",
     "module.": "DataParallel",
 }
-# Parts that stand beside a language model and that it does without: encoders of pictures and sound, heads of reward
-# models, layers that predict further tokens; and constants that older versions saved as if they were weights.
+# Parts of a checkpoint that the language model does not need: encoders of images and audio, heads of reward models,
+# layers that predict further tokens, and constants that older versions saved like weights.
 _BESIDE = re.compile(
     r"(^|\.)(vision\w*|visual|audio\w*|image\w*|speech\w*|\w*projector|embed_vision|embed_audio|v_head|score|mtp\w*)\.|"
     r"(rotary_emb\.inv_freq|\.masked_bias|attn\.bias|\.position_ids|num_batches_tracked)$"
@@ -53,16 +53,18 @@ _BESIDE = re.compile(
 
 
 def require_complete(path: str, trust_remote_code: bool = False, config: Any = None) -> None:
-    """Raise unless every weight of a model lies in its files, whole and in its shape. No weights are read.
+    """Raise unless a model's files hold every weight, complete and in the right shape, without reading any weights.
+
+    Only two tied weights that are both in the files are read, to compare them.
 
     Args:
-        path: folder or id.
-        trust_remote_code: run code that comes with the model.
-        config: its configuration, where that is already loaded.
+        path: the model's folder or id.
+        trust_remote_code: whether to run code that comes with the model.
+        config: the model's configuration if it is loaded already, else None.
 
     Raises:
-        InputError: a file is missing, a pointer of Git LFS, cut off or damaged; tensors are missing, unexpected or of
-            other shapes; or there is no such model.
+        InputError: a file is missing, a Git LFS pointer, cut off or damaged; tensors are missing, unexpected or have
+            other shapes; or the model does not exist.
         MachineError: the network fails.
     """
     config = load_config(path, trust_remote_code) if config is None else config
@@ -81,18 +83,18 @@ def require_complete(path: str, trust_remote_code: bool = False, config: Any = N
     for name, source in model.all_tied_weights_keys.items():
         if name in headers and source in headers and not are_equal(path, name, source):
             raise InputError(
-                "config.json says of two weights that they are one, and the files hold two",
+                "config.json ties two weights, but the files hold different values for them",
                 where=path,
-                found=f"{name} other than {source}",
-                expected="the same",
-                fix=f"set tie_word_embeddings to false in config.json, or take {name} out of the files",
+                found=f"{name} differs from {source}",
+                expected="equal values",
+                fix=f"set tie_word_embeddings to false in config.json, or remove {name} from the files",
             )
     if beside:
         _LOG.info("%s: %d tensors beside the language model are left out: %s", path, len(beside), _some(beside))
 
 
 def _require_quantised(settings: Any, headers: Mapping[str, TensorHeader], path: str) -> None:
-    """Raise InputError for weights that were made whole again under a configuration that still says otherwise."""
+    """Raise InputError for weights that were dequantised while their configuration still declares a quantisation."""
     method = settings.get("quant_method") if isinstance(settings, dict) else getattr(settings, "quant_method", None)
     method = getattr(method, "value", method)
     if method in _PACKING and all(one.dtype in _FLOATS for one in headers.values()):
@@ -106,9 +108,9 @@ def _require_quantised(settings: Any, headers: Mapping[str, TensorHeader], path:
 
 
 def _compared(model: PreTrainedModel, headers: Mapping[str, TensorHeader]) -> tuple[set[str], set[str], list[str]]:
-    """Names that are missing, names that are unexpected, and what has another shape or type."""
+    """Return the missing names, the unexpected names, and a text for each tensor of another shape or type."""
     state = {name: torch.empty(one.shape, device="meta") for name, one in headers.items()}
-    # taken before: loading puts the tensors into the model
+    # recorded before the loading, which replaces the model's parameters by the tensors
     types = {name: parameter.is_floating_point() for name, parameter in model.named_parameters()}
     how = LoadStateDictConfig(
         ignore_mismatched_sizes=True,
@@ -134,7 +136,7 @@ def _compared(model: PreTrainedModel, headers: Mapping[str, TensorHeader]) -> tu
 
 
 def _quantised(model: PreTrainedModel, headers: Mapping[str, TensorHeader]) -> set[str]:
-    """Weights of which nothing is there: a quantised one has tensors of other names, all within its own module."""
+    """Return the weights without any tensor; the tensors of a quantised weight have other names in the same module."""
     mapping, state = get_model_conversion_mapping(model), model.state_dict()
     renamings = [one for one in mapping if isinstance(one, WeightRenaming)]
     converters = [one for one in mapping if isinstance(one, WeightConverter)]
@@ -143,7 +145,7 @@ def _quantised(model: PreTrainedModel, headers: Mapping[str, TensorHeader]) -> s
         renamed, _ = rename_source_key(name, renamings, converters, model.base_model_prefix, state)
         there.update(_parents(name), _parents(renamed))
     tied = model.all_tied_weights_keys
-    # experts lie in one tensor in the model, and in modules of their own in files
+    # the experts of a mixture are one tensor in the model, and separate modules in files
     return {
         name
         for name, _ in model.named_parameters()
@@ -157,7 +159,7 @@ def _parents(name: str) -> list[str]:
 
 
 def _wrapper(name: str, model: PreTrainedModel) -> str | None:
-    """What a wrapper put into a tensor's name, if a module of the model is not called so."""
+    """Return the mark that a wrapper put into a tensor's name; None if there is none or a module has that name."""
     for mark in _WRAPPERS:
         if (mark in name and mark != "module.") or name.startswith(mark):
             return None if mark.split(".")[0] in dict(model.named_children()) else mark
@@ -188,7 +190,7 @@ def _refusal(
 
 
 def _common_prefix(missing: set[str], unexpected: set[str]) -> str | None:
-    """What stands before the names of all that is missing, if that is all."""
+    """Return the prefix with which every missing name is among the unexpected names; None if there is none."""
     for name in sorted(unexpected):
         for part in _parents(name)[:-1]:
             if {f"{part}.{one}" for one in missing} <= unexpected and missing:

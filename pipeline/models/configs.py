@@ -28,10 +28,11 @@ from capgap.schemas.errors import InputError
 
 
 def load_config(path: str, trust_remote_code: bool = False) -> Any:
-    """The configuration of a model, each of whose tokens sees what stands before it and nothing else.
+    """Load the configuration of a causal language model.
 
     Raises:
-        InputError: there is none, it cannot be used, it needs code that is not trusted, or its model reads ahead.
+        InputError: there is no configuration, it cannot be used, it needs code that is not trusted, or its model is
+            not causal.
     """
     if Path(path).is_dir():
         _require_file(Path(path), path)
@@ -66,7 +67,7 @@ def _require_file(folder: Path, where: str) -> None:
         values = json.loads(file.read_bytes())
     except (ValueError, RecursionError) as error:
         raise InputError(
-            "config.json is no JSON", where=where, found=first_line(error), fix="download that file again"
+            "config.json is not valid JSON", where=where, found=first_line(error), fix="download that file again"
         ) from None
     if isinstance(values, dict) and values.get("model_type") is None:
         raise InputError(
@@ -85,10 +86,10 @@ def _names_at_hub(path: str) -> list[str]:
 
 
 def _require_causal(config: Any, where: str) -> None:
-    """Raise InputError for an encoder: its logits know the very tokens that a student is to predict."""
+    """Raise InputError for an encoder, whose logits depend on the tokens that a student has to predict."""
     kinds, text = (MODEL_FOR_MASKED_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING), config.get_text_config()
     ahead = getattr(text, "use_bidirectional_attention", None)
-    # of these, transformers makes either
+    # transformers can make either an encoder or a decoder of these types
     is_encoder = all(type(config) in kind for kind in kinds) and not any(
         getattr(config, name, False) for name in ("is_decoder", "causal", "is_encoder_decoder")
     )
@@ -96,16 +97,16 @@ def _require_causal(config: Any, where: str) -> None:
         raise InputError(
             "this is no causal language model",
             where=where,
-            found=f"a {config.model_type} whose tokens see those behind them",
-            expected="a decoder, whose tokens see only those before them",
+            found=f"a {config.model_type} whose tokens attend to later tokens",
+            expected="a decoder, whose tokens attend to earlier tokens only",
         )
 
 
 def _with_whole_attention(config: Any) -> Any:
-    """The configuration, with an attention that does all that the model asks for.
+    """Return the configuration with an attention implementation that supports all that the model needs.
 
-    That of torch, which transformers takes by itself, leaves out the cap on attention's logits and says nothing: of a
-    tiny Gemma 2, 0.03 nats a label (rms).
+    The attention of torch, which is transformers' default, silently leaves out the soft cap on attention logits. For a
+    tiny Gemma 2 this changes label logprobs by 0.03 nats (rms).
     """
     for one in (config, config.get_text_config()):
         if getattr(one, "attn_logit_softcapping", None) is not None:
@@ -114,10 +115,10 @@ def _with_whole_attention(config: Any) -> Any:
 
 
 def empty_model(config: Any, trust_remote_code: bool = False) -> PreTrainedModel:
-    """A causal language model of this configuration without memory for its weights.
+    """Make a causal language model of this configuration on the device `meta`, without memory for its weights.
 
     Raises:
-        InputError: transformers has none.
+        InputError: transformers has no causal language model for this configuration.
     """
     where = config.name_or_path or config.model_type
     try:
@@ -136,7 +137,7 @@ def empty_model(config: Any, trust_remote_code: bool = False) -> PreTrainedModel
 
 
 def max_positions(config: Any) -> int | None:
-    """Longest sequence that a model of this configuration takes; None where nothing bounds it."""
+    """Return the longest sequence, in tokens, that a model of this configuration takes; None for no limit."""
     text = config.get_text_config()
     for name in ("max_position_embeddings", "max_seq_len"):
         value = getattr(text, name, None)

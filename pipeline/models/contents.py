@@ -1,7 +1,8 @@
-"""Files of a stranger's model that other libraries read: whatever those make of nonsense in them is an error of input.
+"""Turn the errors that libraries raise over nonsense in a given model's files into an InputError.
 
-transformers believes that a configuration holds what its own writer wrote. A list in the place of a dictionary, a
-number in the place of a name, brackets thousands deep and a size of zero come out of it as what Python or Rust raised.
+transformers assumes that a configuration has the form that its own writer gives it. Where a list takes the place of a
+dictionary, a number takes that of a name, brackets nest thousands deep, or a size is zero, it raises some error of
+Python or Rust.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from huggingface_hub.errors import StrictDataclassError
 
 from capgap.schemas.errors import InputError
 
-# No RuntimeError but that of recursion: among them are those of a device and of its memory.
+# RecursionError is the only RuntimeError here, as other ones come from a device or its memory.
 _OF_CONTENTS = (
     TypeError,
     LookupError,
@@ -29,17 +30,17 @@ _OF_CONTENTS = (
 
 @contextmanager
 def contents_of(what: str, where: str | Path, expected: str) -> Iterator[None]:
-    """Within it, what a library raises over the contents of a model's files is raised as InputError.
+    """Within this context, raise InputError for what a library raises over the contents of a model's files.
 
-    What it says of files that are missing, and of the network and the machine, is left to the caller.
+    Errors about missing files, the network and the machine are left to the caller.
 
     Args:
         what: the fault in a few words.
-        where: folder or id.
-        expected: the files that should hold something else.
+        where: the model's folder or id.
+        expected: what the files should hold.
 
     Raises:
-        InputError: a file holds what the library cannot use.
+        InputError: a file has contents that the library cannot use.
     """
     try:
         yield
@@ -56,12 +57,12 @@ def contents_of(what: str, where: str | Path, expected: str) -> Iterator[None]:
 
 
 def is_of_rust(error: BaseException) -> bool:
-    """Whether the tokenizers library raised it: an Exception of no kind, or a panic, which is no Exception at all."""
+    """Return whether the tokenizers library raised the error: a plain Exception, or a panic, which is no Exception."""
     return type(error) is Exception or type(error).__name__ == "PanicException"
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says first, or its name where it says nothing."""
+    """Return the first line of an error's text, or the name of its class if it has no text."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
-    # one that announces what follows says nothing by itself
+    # a first line that ends with a colon says nothing without the next one
     return f"{lines[0]} {lines[1].strip()}" if lines[0].endswith(":") and len(lines) > 1 else lines[0]

@@ -1,6 +1,6 @@
-"""One client of an endpoint of OpenAI's form. Its key is in no text that leaves here: no reply, no error.
+"""A client of an OpenAI-compatible endpoint. Its key never appears in a text that this module returns or raises.
 
-Sending again after timeouts, lost connections, 429 and 5xx is the client library's, which heeds `Retry-After`.
+The client library repeats requests after timeouts, lost connections, 429 and 5xx, and heeds `Retry-After`.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ from capgap.schemas.errors import MachineError, SettingError
 from capgap.schemas.run_endpoint import EndpointSettings
 from capgap.schemas.secrets import remember_secret
 
-# What a server of its own takes for a key, where none is set.
+# The client library needs some key even where none is set, and a server of one's own takes any.
 _NO_KEY = "none"
 
-# Anything shorter is no secret, and replacing it would spoil replies.
+# A shorter key is no secret, and replacing it everywhere would damage replies.
 _SHORTEST_SECRET = 6
 
-# What an endpoint lists of a model and stands for it; when a server was started is no part of what answers.
+# The listed fields that identify a model. The time of the server's start is left out, as it does not change answers.
 IDENTITY = ("id", "owned_by", "root")
 
-# What the client library raises, and what comes of an answer that is not of OpenAI's form.
+# The client library's errors, and those of reading an answer that does not have OpenAI's form.
 FAULTS = (OpenAIError, ValueError, AttributeError, TypeError, IndexError, KeyError)
 
-# How endpoints say that they do not list models.
+# The status codes with which endpoints say that they do not list models.
 _NOT_LISTING = (400, 404, 405, 501)
 
 _AGAIN = "run the same command again, which goes on where this one stopped"
@@ -49,17 +49,17 @@ class RefusedError(Exception):
 
 
 class Endpoint:
-    """Asks a model that is served.
+    """A client that asks a served model.
 
     Args:
-        settings: where it is served.
-        model: as the endpoint calls it.
-        who: that model, in errors: `the judge`.
-        section: of the settings, in errors.
-        model_setting: that names the model, in errors.
+        settings: address and limits of the endpoint.
+        model: the endpoint's name for the model.
+        who: name of the model in errors, such as `the judge`.
+        section: the run file's section of the settings, for errors.
+        model_setting: the setting that names the model, for errors.
 
     Raises:
-        SettingError: the key holds characters that no key has.
+        SettingError: the key holds characters that a key cannot have.
     """
 
     def __init__(self, settings: EndpointSettings, model: str, who: str, section: str, model_setting: str) -> None:
@@ -81,15 +81,15 @@ class Endpoint:
         self.close()
 
     def close(self) -> None:
-        """End the connections; requests under way fail."""
+        """Close the connections; requests in progress fail."""
         self.client.close()
 
     def listed(self, names: Sequence[str] = IDENTITY) -> dict[str, dict[str, str]]:
-        """What the endpoint lists of its models, by their own names; nothing where it lists no models.
+        """Return the fields `names` of each listed model, by the model's id; empty where the endpoint lists no models.
 
         Raises:
             MachineError: the endpoint cannot be reached, or does not answer in OpenAI's form.
-            SettingError: it does not take the key.
+            SettingError: the endpoint rejects the key.
         """
         try:
             models = self.client.models.list().data
@@ -104,7 +104,7 @@ class Endpoint:
         }
 
     def named(self, error: Exception) -> Exception:
-        """The error in the user's words: a CapgapError, or RefusedError where this one request is at fault."""
+        """Turn an error of `FAULTS` into a CapgapError, or into RefusedError if only this one request is at fault."""
         who, section = self.who, self._section
         where, found = self._settings.base_url, self.clean(_said(error))
         match error:
@@ -150,15 +150,15 @@ class Endpoint:
                 )
 
     def clean(self, text: str) -> str:
-        """The text without the key."""
+        """Return the text with the key replaced by `[key]`."""
         return text.replace(self._key, "[key]") if len(self._key) >= _SHORTEST_SECRET else text
 
 
 def key_of(settings: EndpointSettings) -> str:
-    """The key of the environment; empty where there is none.
+    """Return the key of the environment variable; empty where there is none.
 
     Raises:
-        SettingError: it holds what no key holds. The error does not repeat it.
+        SettingError: the key holds characters that a key cannot have. The error does not repeat the key.
     """
     key = os.environ.get(settings.api_key_env, "").strip()
     if not all("!" <= character <= "~" for character in key):
@@ -169,6 +169,6 @@ def key_of(settings: EndpointSettings) -> str:
 
 
 def _said(error: Exception) -> str:
-    """Short, on one line; what lies behind a lost connection stands in its cause."""
+    """Return an error's text, short and on one line; for a lost connection, the text of its cause."""
     text = str(error.__cause__ or error) if isinstance(error, APIConnectionError) else str(error)
     return " ".join(text.split())[:300] or type(error).__name__

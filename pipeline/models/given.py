@@ -1,7 +1,7 @@
-"""Is a model or tokenizer that the run file names to be had? Asked before anything is made, and without loading it.
+"""Check that a model or tokenizer of the run file can be found, before anything is made and without loading it.
 
-A name that can only be a path is looked for on this machine alone: a misspelt folder is told at once, rather than after
-a hub has been asked for it several times.
+A name that can only be a path is looked for on this machine alone, so that a misspelt folder is reported at once, and
+not after several requests to the hub.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from pathlib import Path
 from capgap.schemas.errors import InputError, MachineError
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
-"""Of which a folder with a tokenizer has one."""
+"""The files of which a tokenizer's folder has at least one."""
 
 _ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _HUB_TIMEOUT_S = 10.0
 
 
 def is_local(path: str) -> bool:
-    """Whether a name means a folder of this machine: it is there, or cannot be an id, or its parent folder is there."""
+    """Return whether a name means a local path: it exists, or it cannot be an id, or its parent folder exists."""
     if Path(path).exists() or path.startswith((".", "/", "~")) or _ID.fullmatch(path) is None:
         return True
     parent = Path(path).parent
@@ -29,16 +29,16 @@ def is_local(path: str) -> bool:
 
 
 def require_findable(path: str, setting: str, files: Sequence[str] = ("config.json",)) -> None:
-    """Refuse a folder that is not there, or that lacks the file; and an id that no hub knows.
+    """Refuse a folder that does not exist or lacks the files, and an id that is neither downloaded nor on the hub.
 
     Args:
         path: folder or id, as given.
         setting: the setting that names it, for errors.
-        files: of which the folder must hold one.
+        files: names of files; the folder must hold at least one of them.
 
     Raises:
         InputError: there is no such folder, file or id.
-        MachineError: the id is not on this machine, and the hub cannot be asked.
+        MachineError: the id is not on this machine, and the hub cannot be reached.
     """
     if is_local(path):
         _require_folder(path, setting, files)
@@ -47,17 +47,18 @@ def require_findable(path: str, setting: str, files: Sequence[str] = ("config.js
 
 
 def require_id(path: str, where: str, files: Sequence[str] = ("config.json",)) -> None:
-    """Refuse an id that is not on this machine and that no hub knows.
+    """Refuse an id that is neither on this machine nor on the hub.
 
-    Whoever is offline learns it by one question, and not by the hub client's retries over half a minute.
+    It asks the hub once, so that a missing network shows at once, and not after half a minute of the client's retries.
 
     Args:
-        path: anything; what can only be a folder is passed over.
-        where: the same for errors.
-        files: of which one is on this machine if it was downloaded before.
+        path: folder or id; a local path is not checked.
+        where: name of the model or tokenizer in errors.
+        files: names of files; a downloaded model or tokenizer has at least one of them on this machine.
 
     Raises:
-        InputError, MachineError: as `require_findable`.
+        InputError: there is no such id.
+        MachineError: the id is not on this machine, and the hub cannot be reached.
     """
     if not is_local(path) and not any(_is_downloaded(path, file) for file in files):
         _ask_hub(path, where)
@@ -73,7 +74,7 @@ def _require_folder(path: str, setting: str, files: Sequence[str]) -> None:
 
                 raise no_config([one.name for one in folder.iterdir() if one.is_file()], f"{setting}: {path}")
             raise InputError(
-                "nothing of the kind lies there",
+                "the folder lacks the files",
                 where=f"{setting}: {path}",
                 found=f"no {' and no '.join(files)}",
                 expected=expected,
@@ -91,7 +92,7 @@ def _require_folder(path: str, setting: str, files: Sequence[str]) -> None:
 
 
 def _near(folder: Path) -> str:
-    """The folder that may have been meant."""
+    """Return the advice to use the existing folder with the most similar name, or to check the path."""
     if not folder.parent.is_dir():
         return "check the path"
     names = [other.name for other in folder.parent.iterdir() if other.is_dir()]
@@ -127,7 +128,7 @@ def _ask_hub(path: str, where: str) -> None:
             expected="a folder, or an id such as owner/name",
             fix="check the name; for a gated model log in with `hf auth login`",
         ) from None
-    except Exception as error:  # whatever the client's transport raises where there is no network
+    except Exception as error:  # without a network, the client's transport raises errors of many kinds
         raise MachineError(
             "no such folder, and the hub cannot be reached",
             where=where,

@@ -1,4 +1,4 @@
-"""What failed when a model or tokenizer could not be fetched: its name, or the network."""
+"""Tell why a model or tokenizer could not be fetched: because of its name, or because of the network."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from capgap.schemas.errors import InputError, MachineError
 
 
 def require_reached(name: str, error: BaseException) -> None:
-    """Raise MachineError if `error` comes from a network that failed; a name that nobody has is no such thing.
+    """Raise MachineError if `error` comes from a network that failed, and not from a name that does not exist.
 
-    Whoever set HF_HUB_OFFLINE wants what is on this machine, and nothing failed where that is not there.
+    With HF_HUB_OFFLINE set, a model that is not on this machine is no failure of the network.
     """
     causes = list(_causes(error))
     if any(isinstance(cause, OfflineModeIsEnabled) for cause in causes):
@@ -32,13 +32,13 @@ def require_reached(name: str, error: BaseException) -> None:
 
 
 def not_there(what: str, path: str | Path, error: BaseException, file: str) -> InputError:
-    """What is said where a model or tokenizer cannot be had.
+    """Return the error for a model or tokenizer that cannot be found.
 
     Args:
-        what: the fault.
-        path: folder or id, as it was asked for.
-        error: what came of it.
-        file: that a folder should hold.
+        what: the fault in a few words.
+        path: folder or id, as the user gave it.
+        error: the error that its loading raised.
+        file: file that a folder should hold.
     """
     is_id = re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)) is not None
     found = (str(error).strip() or type(error).__name__).splitlines()[0].partition(": \n")[0].rstrip(" :.")
@@ -48,8 +48,8 @@ def not_there(what: str, path: str | Path, error: BaseException, file: str) -> I
     elif not is_id:
         found, fix = "no such folder", "check the path" + ("" if Path(path).is_absolute() else f", from {Path.cwd()}")
     elif any(isinstance(cause, GatedRepoError) for cause in _causes(error)):
-        found = "an id whose owner grants access one by one"
-        fix = "ask for it on its page and log in with `hf auth login`, or name a folder"
+        found = "a gated model that you have no access to"
+        fix = "ask for access on its page and log in with `hf auth login`, or name a folder"
     elif any(isinstance(cause, RepositoryNotFoundError) for cause in _causes(error)):
         found = "no such folder, and no id that the hub knows or that you may read"
         fix = "check the name; for a private or gated model log in with `hf auth login`"

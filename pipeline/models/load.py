@@ -1,4 +1,4 @@
-"""Hugging Face models as capgap meets them: where a stage's model lies, its facts, loading and saving."""
+"""Hugging Face models: the path of a stage's model, its facts, loading and saving."""
 
 from __future__ import annotations
 
@@ -29,30 +29,33 @@ from capgap.schemas.facts import ModelFacts, ServedFacts, teacher_facts
 
 MODEL_FOLDER = "model"
 HIGH_PRECISION_FOLDER = "high_precision"
-"""Beside `model`, where that holds numbers of few bits: the weights that they are made of."""
+"""Folder next to a low-bit `model`, with the high-precision weights that it was made from."""
 
-# its bars count files, which is noise between capgap's own
+# transformers' progress bars count files, which is noise between capgap's own bars
 disable_progress_bar()
 
 
 def model_path(made: StageInput, to_train: bool = False) -> str:
-    """The folder or id of the model that a teacher, student or train stage made or was given, its digests checked.
+    """Return the folder or id of the model that a stage made or was given, after checking its digests.
 
-    They are checked the first time that a process asks; `models/recorded.py` says what that costs. With `to_train`
-    those of the weights beside a model of few bits are checked as well.
+    A process checks them once; `models/recorded.py` says what that costs.
+
+    Args:
+        made: the teacher, student or train stage.
+        to_train: also check the digests of the high-precision weights next to a low-bit model.
 
     Raises:
-        CorruptError: a file of it is not what the manifest says.
-        InputError: the stage's folder lies behind a URL, or nothing but a server has the model.
+        CorruptError: a file of the model does not have the digest of the manifest.
+        InputError: the stage's folder is behind a URL, or only a server has the model.
     """
     facts = teacher_facts(made.manifest.facts)
     if isinstance(facts, ServedFacts):
         raise InputError(
             "the teacher is served elsewhere, and its model is not here",
             where=made.location,
-            found=f"no more than a server's name for it, {facts.served}",
+            found=f"only a server's name for the teacher, {facts.served}",
             expected="a model",
-            fix="name the model itself as teacher.path, or leave out what needs it",
+            fix="name the model itself as teacher.path, or leave out the stages that need it",
         )
     is_given = facts.path != MODEL_FOLDER
     folder = Path(facts.path) if is_given else made.path / MODEL_FOLDER
@@ -64,15 +67,15 @@ def model_path(made: StageInput, to_train: bool = False) -> str:
 
 
 def served_path(made: StageInput) -> str:
-    """As `model_path`; empty for a teacher of which nothing but a server's name for it is known."""
+    """Return what `model_path` returns, or an empty text for a teacher of which only a server's name is known."""
     return "" if isinstance(teacher_facts(made.manifest.facts), ServedFacts) else model_path(made)
 
 
 def model_at(path: str) -> str:
-    """The folder or id of a model that is given as a stage's folder, a model's folder or an id.
+    """Return the folder or id of a model that is given as a stage's folder, a model's folder or an id.
 
     Raises:
-        CorruptError: the stage's manifest cannot be understood, or as `model_path`.
+        CorruptError: the stage's manifest cannot be read, or as `model_path`.
     """
     made = read_manifest(Path(path)) if Path(path).is_dir() else None
     return path if made is None else model_path(StageInput(Path(path), made))
@@ -86,18 +89,18 @@ def load_model(
     *,
     to_compute: bool = True,
 ) -> PreTrainedModel:
-    """A causal language model in evaluation mode, of weights as safetensors: pickled ones are not opened.
+    """Load a causal language model in evaluation mode from safetensors files; pickled files are never opened.
 
     Args:
-        path: folder or id.
+        path: the model's folder or id.
         device: `cpu` or `cuda:0`.
-        dtype: of its weights; the one it was saved in where it is left out. `fast` takes float32 instead where the
-            device is slow in that one: the same numbers, and sums that are rounded less.
-        trust_remote_code: run code that comes with the model; without it, a model that needs it is refused.
-        to_compute: as it is, on that device; a dtype in which that is slow is then warned of.
+        dtype: dtype of the weights; None is the saved dtype. `fast` is the saved dtype too, or float32 where the device
+            is slow in the saved one: the weights are the same, and sums are rounded less.
+        trust_remote_code: whether to run code that comes with the model; if not, a model that needs it is refused.
+        to_compute: whether the model will compute on this device in this dtype, so that a slow dtype gives a warning.
 
     Raises:
-        InputError: there is no such model, it is no causal language model, or its weights are not complete.
+        InputError: the model does not exist, is no causal language model, or its weights are not complete.
         MachineError: a package that reads quantised weights is not installed, or the network fails.
     """
     begin_phase(f"loads {path}")
@@ -128,7 +131,7 @@ def load_model(
             "the model cannot be loaded", where=path, found=first_line(error), expected="weights as safetensors"
         ) from None
     if is_packed:
-        # numbers of four bits come out in bfloat16, whatever the other weights are
+        # the library unpacks 4-bit numbers to bfloat16, whatever the dtype of the other weights is
         for layer in model.modules():
             if isinstance(layer, nn.Linear | nn.Embedding):
                 layer.weight.data = layer.weight.data.to(model.dtype)
@@ -142,7 +145,7 @@ def load_model(
 
 
 def fast_dtype(config: Any, device: str) -> torch.dtype | None:
-    """The dtype that a model was saved in, or float32 where the device is slow in that; None where it is not known."""
+    """Return the dtype in which a model was saved, or float32 where the device is slow in it; None if it is unknown."""
     saved: torch.dtype | None = config.get_text_config().dtype or config.dtype
     if saved is None or multiplies(device, str(saved).removeprefix("torch.")):
         return saved
@@ -150,9 +153,10 @@ def fast_dtype(config: Any, device: str) -> torch.dtype | None:
 
 
 def _unpacked_at_once(config: Any) -> bool:
-    """Whether compressed-tensors packed the weights; they are then unpacked while the model is loaded.
+    """Return whether compressed-tensors packed the weights, and make their loading unpack them in this case.
 
-    By itself the library does that in the first forward pass, and whatever looks at the model before finds no weights.
+    By default the library unpacks them only in the first forward pass, and code that reads the model before then finds
+    no weights.
     """
     settings = getattr(config, "quantization_config", None)
     if not isinstance(settings, dict) or settings.get("quant_method") != "compressed-tensors":
@@ -163,10 +167,11 @@ def _unpacked_at_once(config: Any) -> bool:
 
 @contextmanager
 def _unpacked_in_silence() -> Iterator[None]:
-    """Without the library's bars, which count layers, and without torch.compile.
+    """Within this context, unpack weights without progress bars, torch.compile and the initialisation of packed layers.
 
-    The library compiles its rounding to FP4, which takes half a minute and a C++ compiler. And transformers asks an
-    embedding for its weight before it is unpacked, to initialise what no file holds: here every weight is in the files.
+    The library would compile its rounding to FP4, which takes half a minute and needs a C++ compiler. transformers
+    would initialise an embedding's weight before it is unpacked, and fail; no initialisation is needed, as the files
+    hold every weight.
     """
     from compressed_tensors.compressors.model_compressors import model_compressor
     from compressed_tensors.utils import patch_attr
@@ -184,14 +189,14 @@ def _unpacked_in_silence() -> Iterator[None]:
 
 
 def _without_compilation(part: nn.Module) -> None:
-    """The same for its forward passes, in which the library rounds activations."""
+    """Turn torch.compile off in the forward passes of a module, in which the library rounds activations."""
     stances: list[Any] = []
     part.register_forward_pre_hook(lambda *_: stances.append(torch.compiler.set_stance("force_eager")))
     part.register_forward_hook(lambda *_: stances.pop().__exit__(None, None, None), always_call=True)
 
 
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Weights as safetensors, configuration and tokenizer: a folder that transformers and vLLM open."""
+    """Write weights as safetensors, configuration and tokenizer into a folder that transformers and vLLM can open."""
     with whole_folder(folder) as whole:
         model.save_pretrained(whole)
         tokenizer.save_pretrained(whole)
@@ -203,10 +208,16 @@ def model_facts(
     path: str = MODEL_FOLDER,
     trust_remote_code: bool = False,
 ) -> ModelFacts:
-    """What later stages must know of a model; its sizes are counted without weights where only a config is given.
+    """Return the facts of a model for later stages; for a configuration, sizes are counted on a model without weights.
+
+    Args:
+        model_or_config: the model, or its configuration.
+        tokenizer: tokenizer of the model.
+        path: path of the model for the facts.
+        trust_remote_code: whether to run code that comes with the model.
 
     Raises:
-        InputError: it has no embedding or no head, or as `empty_model`.
+        InputError: the model has no embedding or no head, or as `empty_model`.
     """
     given = isinstance(model_or_config, PreTrainedModel)
     model = model_or_config if given else empty_model(model_or_config, trust_remote_code)

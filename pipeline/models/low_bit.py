@@ -3,8 +3,8 @@
     weight, input --compressed-tensors' fake quantisation--> numbers of few bits --> product
     gradients    <-- straight through, as if nothing had been rounded
 
-Scales of weights are a function of the weights, computed anew in every pass, so that a checkpoint that is written of
-the weights holds the very numbers that the layer computed with, and a training has nothing to keep but its weights.
+The scales of a weight are a function of the weight and are computed anew in every pass. So a checkpoint that is written
+from the weights holds exactly the numbers that the layer computed with, and a training has to keep only its weights.
 
 Legend: O output features, I input features, G groups of inputs, B sequences, L tokens a sequence, V rows of the
 embedding, H hidden.
@@ -36,19 +36,19 @@ from capgap.schemas.run_quantize import QuantizeSettings
 
 SETTING = "student.quantize"
 SAVED_DTYPE = torch.bfloat16
-"""Of what a low-bit checkpoint does not quantise, and of scales: kernels for few bits know no float32 beside them."""
-# What vLLM makes one matrix of, which has one scale for all of it.
+"""The dtype of scales and unquantised tensors in a low-bit checkpoint: low-bit kernels do not support float32 there."""
+# Layers that vLLM merges into one matrix, which has a single scale.
 _FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 _MOST_NAMED = 3
 
 
 @dataclass(frozen=True)
 class WeightScales:
-    """Scales of a weight, float32.
+    """The scales of a weight, float32.
 
     Attributes:
-        scale: [O, 1] by output channel, or [O, G] by group.
-        global_scale: [1], of `nvfp4` alone.
+        scale: [O, 1], one per output channel, or [O, G], one per group.
+        global_scale: [1], for `nvfp4` only.
     """
 
     scale: Tensor
@@ -56,10 +56,10 @@ class WeightScales:
 
 
 class LowBitLinear(nn.Linear):
-    """A linear layer with the very parameters of another one, whose values are rounded before they are multiplied.
+    """A linear layer that shares the parameters of another one, and rounds inputs and weight before it multiplies them.
 
     Args:
-        of: the layer that it takes the place of.
+        of: the layer that it replaces.
         scheme: compressed-tensors' description of the numbers.
     """
 
@@ -71,24 +71,24 @@ class LowBitLinear(nn.Linear):
         self.in_features, self.out_features = of.in_features, of.out_features
         self.weight, self.bias = of.weight, of.bias
         self.scheme = scheme
-        # all layers, itself among them, that share the scale of the whole matrix
+        # all layers, this one included, that share the global scale of their merged matrix
         self.fused: tuple[LowBitLinear, ...] = (self,)
-        # not among the weights of the checkpoint in high precision
+        # not persistent, so that it is not saved with the weights in high precision
         self.register_buffer("input_global_scale", None, persistent=False)
 
     def forward(self, input: Tensor) -> Tensor:  # torch's name
-        """The product of rounded input and rounded weight; the bias is as it is."""
+        """Return the product of rounded input and rounded weight, plus the bias, which is not rounded."""
         return linear(*self.operands(input), self.bias)
 
     def operands(self, input: Tensor) -> tuple[Tensor, Tensor]:
-        """Rounded input and rounded weight."""
+        """Return the rounded input and the rounded weight."""
         if self.scheme.input_activations is not None:
             input = _straight_through(input, self._rounded_input)
         return input, _straight_through(self.weight, self._rounded_weight)
 
     @torch.no_grad()
     def weight_scales(self) -> WeightScales:
-        """As they follow from the weight; in float32 whatever its dtype is."""
+        """Compute the scales of the weight, in float32 whatever the weight's dtype is."""
         args = _weights_of(self.scheme)
         shared = self._weight_global_scale() if args.strategy == QuantizationStrategy.TENSOR_GROUP else None
         return _scales(self, args, self.weight.float(), shared)
@@ -108,7 +108,7 @@ class LowBitLinear(nn.Linear):
     def _rounded_input(self, input: Tensor) -> Tensor:
         args = self.scheme.input_activations
         assert args is not None
-        # the library finds the scale of each token where sequences stand before it
+        # the library gives each token its own scale only if the input has a dimension for sequences
         input_BLI = input.float().reshape(-1, 1, input.shape[-1])
         shared = self.input_global_scale
         scale, _ = compute_dynamic_scales_and_zp(input_BLI, args, self, shared)
@@ -117,11 +117,11 @@ class LowBitLinear(nn.Linear):
 
 
 class LowBitEmbedding(nn.Embedding):
-    """An embedding with the very rows of another one, which are rounded as they are looked up.
+    """An embedding that shares the rows of another one, and rounds them when they are looked up.
 
     Args:
-        of: the embedding that it takes the place of.
-        scheme: of weights alone, whose scales are of one row each.
+        of: the embedding that it replaces.
+        scheme: compressed-tensors' description of the weights, without activations; no scale covers more than one row.
     """
 
     scheme: QuantizationScheme
@@ -132,23 +132,23 @@ class LowBitEmbedding(nn.Embedding):
         self.weight, self.scheme = of.weight, scheme
 
     def forward(self, input: Tensor) -> Tensor:  # torch's name
-        """Rounded rows [..., H] of ids [...]."""
+        """Return the rounded rows [..., H] of ids [...]."""
         return _straight_through(embedding(input, self.weight, self.padding_idx), self.rounded)
 
     @torch.no_grad()
     def weight_scales(self) -> WeightScales:
-        """As `LowBitLinear.weight_scales`."""
+        """Compute the scales of the rows, in float32 whatever their dtype is."""
         return _scales(self, _weights_of(self.scheme), self.weight.float(), None)
 
     def rounded(self, rows: Tensor) -> Tensor:
-        """Rows [..., H] as the checkpoint has them."""
+        """Return the rows [..., H] rounded to the values that the checkpoint holds."""
         args, rows_VH = _weights_of(self.scheme), rows.float().flatten(0, -2)
         rounded_VH: Tensor = fake_quantize(rows_VH, _scales(self, args, rows_VH, None).scale, None, args)
         return rounded_VH.view(rows.shape)
 
 
 class _StraightThrough(torch.autograd.Function):
-    """Rounds on the way there, and lets gradients pass."""
+    """Rounds in the forward pass, and lets gradients pass unchanged."""
 
     @staticmethod
     @torch.compiler.disable
@@ -168,16 +168,16 @@ def _straight_through(value: Tensor, rounded: Callable[[Tensor], Tensor]) -> Ten
 
 @contextmanager
 def eager_on(device: torch.device) -> Iterator[None]:
-    """Within it, compressed-tensors rounds to FP4 without torch.compile on a CPU.
+    """Within this context, compressed-tensors does not use torch.compile on a CPU.
 
-    It compiles that one function, which takes half a minute in every process, and a C++ compiler.
+    It would compile its rounding to FP4, which takes half a minute in every process and needs a C++ compiler.
     """
     with torch.compiler.set_stance("force_eager") if device.type == "cpu" else nullcontext():
         yield
 
 
 def scheme_of(settings: QuantizeSettings, weights_alone: bool = False) -> QuantizationScheme:
-    """compressed-tensors' own description of the format; of its weights alone, as an embedding has it."""
+    """Return compressed-tensors' description of a format; with `weights_alone`, as for embeddings, of weights only."""
     names = {"int8": "W8A8", "int4": "W4A16", "fp8": "FP8_DYNAMIC", "mxfp4": "MXFP4", "nvfp4": "NVFP4"}
     name = names[settings.format]
     if settings.format in ("mxfp4", "nvfp4") and not settings.has_activations:
@@ -188,17 +188,20 @@ def scheme_of(settings: QuantizeSettings, weights_alone: bool = False) -> Quanti
     weights = _weights_of(scheme)
     if settings.format == "int4":
         weights.group_size = settings.int4_group_size
-    # where the format leaves it open: as the checkpoint and whoever serves it has them
+    # where the format leaves the dtype of scales open, it is that of the checkpoint and of vLLM
     weights.scale_dtype = weights.scale_dtype or SAVED_DTYPE
     return scheme
 
 
 def layers_to_quantise(model: PreTrainedModel, settings: QuantizeSettings) -> tuple[str, ...]:
-    """Names of the linear layers that the settings mean, each seen to take the format. No weight is read.
+    """Return the names of the linear layers that the settings select, after checking that each can take the format.
+
+    No weights are read.
 
     Raises:
-        InputError: there are none, others than linear ones hold weights, or their inputs do not divide into groups.
-        SettingError: an entry of `ignore` means no layer.
+        InputError: no layer is selected, other layers than linear ones hold weights, or the number of inputs of a layer
+            is no multiple of the group size.
+        SettingError: an entry of `ignore` matches no layer.
     """
     every = {name: layer for name, layer in model.named_modules() if isinstance(layer, nn.Linear)}
     head = model.get_output_embeddings()
@@ -214,7 +217,7 @@ def layers_to_quantise(model: PreTrainedModel, settings: QuantizeSettings) -> tu
             )
     chosen = {n: layer for n, layer in inside.items() if not any(_ends(n, end) for end in settings.ignore)}
     if not chosen:
-        raise _refusal(model, "every linear layer among those that stay as they are", "one that does not")
+        raise _refusal(model, f"every linear layer in {SETTING}.ignore", "a linear layer to quantise")
     inputs = {name: layer.in_features for name, layer in chosen.items()}
     if settings.embedding:
         inputs |= {name: table.embedding_dim for name, table in _only_embedding(model).items()}
@@ -228,13 +231,13 @@ def make_low_bit(
     scheme: QuantizationScheme,
     input_global_scales: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Put a `LowBitLinear` in the place of each named layer; the model keeps its parameters and their names.
+    """Replace each named layer by a `LowBitLinear`; the model keeps its parameters and their names.
 
     Args:
-        model: changed in place.
-        names: of plain linear layers.
-        scheme: of all of them.
-        input_global_scales: [1] float32 by name, where the scheme has activations with a scale for all of them.
+        model: the model, which is changed in place.
+        names: names of plain linear layers.
+        scheme: the numbers of all these layers.
+        input_global_scales: the global scale of each layer's inputs, [1] float32 by name; None if the scheme has none.
     """
     made = {}
     for name in names:
@@ -251,23 +254,23 @@ def make_low_bit(
 
 
 def make_low_bit_embedding(model: PreTrainedModel, scheme: QuantizationScheme) -> None:
-    """Put a `LowBitEmbedding` in the place of the embedding; the model keeps its parameters and their names."""
+    """Replace the embedding by a `LowBitEmbedding`; the model keeps its parameters and their names."""
     ((name, table),) = _only_embedding(model).items()
     model.set_submodule(name, LowBitEmbedding(table, scheme))
 
 
 def low_bit_layers(model: nn.Module) -> dict[str, LowBitLinear]:
-    """By name; empty for a model that computes with its weights as they are."""
+    """Return the low-bit linear layers by name; empty for a model that does not round its weights."""
     return {name: layer for name, layer in model.named_modules() if isinstance(layer, LowBitLinear)}
 
 
 def low_bit_embedding(model: nn.Module) -> dict[str, LowBitEmbedding]:
-    """By name; empty where the embedding is looked up as it is."""
+    """Return the low-bit embedding by name; empty for a model that does not round its embedding."""
     return {name: table for name, table in model.named_modules() if isinstance(table, LowBitEmbedding)}
 
 
 def needs_input_scales(scheme: QuantizationScheme) -> bool:
-    """Whether activations have a scale that is measured once."""
+    """Return whether the scheme has a global scale of activations, which is measured once."""
     args = scheme.input_activations
     return args is not None and args.dynamic == DynamicType.LOCAL
 
@@ -276,15 +279,18 @@ def needs_input_scales(scheme: QuantizationScheme) -> bool:
 def measure_input_scales(
     model: PreTrainedModel, names: Iterable[str], look_at_text: Callable[[], None]
 ) -> dict[str, Tensor]:
-    """The scale of all activations that enter each named layer, from the largest of them.
+    """Measure the global scale of the activations that enter each named layer, by the largest of them.
 
     Args:
-        model: in high precision, on its device; it is left as it was.
-        names: of plain linear layers.
-        look_at_text: runs the model over text.
+        model: the model in high precision, on its device; it is not changed.
+        names: names of plain linear layers.
+        look_at_text: function that runs the model over text.
+
+    Returns:
+        The global scales, [1] float32 on the CPU, by name.
 
     Raises:
-        InputError: a layer saw nothing, or what is not finite.
+        InputError: a layer saw no activations, or activations that are not finite.
     """
     largest: dict[str, Tensor] = {}
 
@@ -316,12 +322,12 @@ def _scales(module: nn.Module, args: QuantizationArgs, weight_OI: Tensor, shared
 
 
 def _only_embedding(model: PreTrainedModel) -> dict[str, nn.Embedding]:
-    """The embedding, by name: the only one, for vLLM knows it by its class alone."""
+    """Return the model's only embedding by its name; vLLM finds it by its class, so there must be no other one."""
     tables = {name: table for name, table in model.named_modules() if isinstance(table, nn.Embedding)}
     if len(tables) != 1 or any(type(table) is not nn.Embedding for table in tables.values()):
         kinds = [f"{name} of type {type(table).__name__}" for name, table in tables.items()]
         found = _some(kinds) or "none"
-        raise _refusal(model, f"embeddings: {found}", f"one, a plain one; else leave {SETTING}.embedding out")
+        raise _refusal(model, f"embeddings: {found}", f"one plain embedding; else leave {SETTING}.embedding out")
     return tables
 
 
@@ -339,7 +345,7 @@ def _require_linear(model: PreTrainedModel, layers: Mapping[str, nn.Linear], has
     if others:
         kinds = sorted({type(layers[name]).__name__ for name in others})
         raise _refusal(model, f"{', '.join(kinds)} in {_some(others)}", "plain linear layers")
-    # experts of a mixture lie in one tensor; a convolution's is small, and stays as it is
+    # a mixture's experts are one tensor, which cannot be quantised here; a convolution's weight is small and left as is
     wide = [
         f"{name}.{own}".lstrip(".")
         for name, module in model.named_modules()
@@ -354,7 +360,7 @@ def _require_linear(model: PreTrainedModel, layers: Mapping[str, nn.Linear], has
             "linear layers; not a mixture's experts",
         )
     if not has_others:
-        raise _refusal(model, "no linear layer beside the head", "some, as models like Llama have them")
+        raise _refusal(model, "no linear layer beside the head", "linear layers, as in models like Llama")
 
 
 def _require_groups(model: PreTrainedModel, inputs: Mapping[str, int], settings: QuantizeSettings) -> None:

@@ -1,7 +1,7 @@
-"""A low-bit model's two folders: what vLLM serves, and what a training goes on from.
+"""A low-bit model's two folders: one that vLLM serves, and one from which a training continues.
 
-model/            numbers of few bits as compressed-tensors packs them; vLLM and transformers open it
-high_precision/   the same model, its weights as they were trained
+model/            low-bit numbers as compressed-tensors packs them; vLLM and transformers open it
+high_precision/   the same model with the weights that were trained
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ _INPUT_SCALE = "input_global_scale"
 
 
 def save_compressed(model: PreTrainedModel, folder: Path) -> None:
-    """Write the numbers that the model's low-bit layers compute with, and a `config.json` that says how they lie.
+    """Write the numbers that the model's low-bit layers compute with, and a `config.json` that describes their packing.
 
-    Head and embedding are two matrices there where either of them is quantised, though they may be trained as one.
+    Where head or embedding is quantised, they are written as two matrices, even if they are tied in training.
     """
     layers, tables = low_bit_layers(model), low_bit_embedding(model)
     grouped: list[Mapping[str, LowBitLinear | LowBitEmbedding]] = [layers, tables]
@@ -54,7 +54,7 @@ def save_compressed(model: PreTrainedModel, folder: Path) -> None:
     ends = {"tie_word_embeddings": False} if tables or head is not None else {}
     if not ends:
         for name in set(model.all_tied_weights_keys) & set(state):
-            del state[name]  # the same as another, of which a copy was made
+            del state[name]  # a tied weight, which the conversion of dtypes has copied
     for group, parts in zip(groups.values(), grouped, strict=False):
         for name, part in parts.items():
             with eager_on(part.weight.device):
@@ -74,13 +74,13 @@ def save_compressed(model: PreTrainedModel, folder: Path) -> None:
 
 
 def as_compressed(model: PreTrainedModel, config: Any, folder: Path | None = None) -> None:
-    """Make the layers of a model in high precision those of the compressed one.
+    """Replace the layers of a model in high precision by the low-bit layers of its compressed model.
 
     Args:
-        model: of the folder `high_precision`, or without weights; changed in place.
-        config: of the folder `model`.
-        folder: of the compressed model, whose activations may have scales that were measured; not needed for a model
-            without weights.
+        model: model of the folder `high_precision`, or one without weights; it is changed in place.
+        config: configuration of the folder `model`.
+        folder: folder of the compressed model, for the measured scales of activations; None for a model without
+            weights, which needs no scales.
     """
     written = QuantizationConfig.model_validate(dict(config.quantization_config))
     groups, left_out = written.config_groups, written.ignore or ()
@@ -93,7 +93,7 @@ def as_compressed(model: PreTrainedModel, config: Any, folder: Path | None = Non
 
 
 def _scheme_of(parts: Mapping[str, LowBitLinear | LowBitEmbedding]) -> QuantizationScheme:
-    """What `config.json` says of them."""
+    """Return the description of these layers for `config.json`."""
     one = next(iter(parts.values()))
     group = one.scheme.model_copy(deep=True)
     group.targets = ["Linear" if isinstance(one, nn.Linear) else "Embedding"]
@@ -103,7 +103,7 @@ def _scheme_of(parts: Mapping[str, LowBitLinear | LowBitEmbedding]) -> Quantizat
 
 @torch.no_grad()
 def _compressed(layer: LowBitLinear | LowBitEmbedding, packing: str) -> dict[str, Tensor]:
-    """The layer's tensors by their own names, as vLLM looks for them."""
+    """Return the tensors of a layer by the names within the layer that vLLM expects."""
     scales = layer.weight_scales()
     state = {"weight": layer.weight.detach().float(), "weight_scale": scales.scale}
     if scales.global_scale is not None:
@@ -113,7 +113,7 @@ def _compressed(layer: LowBitLinear | LowBitEmbedding, packing: str) -> dict[str
     packed = BaseCompressor.get_value_from_registry(packing).compress(state, layer.scheme)
     if isinstance(layer, LowBitLinear) and layer.bias is not None:
         packed["bias"] = layer.bias.detach().to(SAVED_DTYPE)
-    # those of groups of powers of two and of FP8 are packed already; two layers may share the scale of both
+    # the scales of MXFP4 and NVFP4 are packed already; the copies below are needed as two layers may share a scale
     if packed["weight_scale"].dtype == torch.float32:
         packed["weight_scale"] = packed["weight_scale"].to(SAVED_DTYPE)
     return {name: value.clone().contiguous() for name, value in packed.items()}

@@ -1,6 +1,6 @@
-"""What can be known of given models and tokenizers before anything of a run is made.
+"""Checks of given models and tokenizers that are possible before any stage of a run begins.
 
-run file --> what the text is to be: reused, or of a tokenizer that is given --> does each given model fit it?
+run file --> the text: a reused one, or one of a given tokenizer --> does each given model fit the text?
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 
 
 def require_text(run: RunFile) -> None:
-    """Refuse sources and a tokenizer of the corpus that cannot be read.
+    """Refuse a tokenizer of the corpus that cannot be read.
 
     Raises:
-        InputError, MachineError: a source or the tokenizer is not to be had.
+        InputError, MachineError: the tokenizer cannot be found or loaded.
     """
     tokenizer = run.corpus.tokenizer
     if tokenizer is not None:
@@ -36,8 +36,11 @@ def require_text(run: RunFile) -> None:
 
 
 def require_teacher(run: RunFile) -> None:
-    """Refuse a given teacher that cannot be had, is not whole, or does not fit the text that it is to score, and a
-    training of one that ends before its first step or whose steps do not divide."""
+    """Refuse a given teacher that cannot be found, is incomplete, or does not fit the text that it has to score.
+
+    A training of the teacher is refused if it ends before its first step, or if its batch does not divide among the
+    devices.
+    """
     if (recipe := run.teacher.optimization) is not None:
         setting = "teacher.adapt" if run.teacher.path else "teacher.training"
         require_shares(recipe, recipe.num_devices, setting)
@@ -56,7 +59,7 @@ def require_teacher(run: RunFile) -> None:
 
 
 def require_student(run: RunFile) -> None:
-    """Refuse a given student that cannot be had, is not whole, or does not fit the text that it is to learn."""
+    """Refuse a given student that cannot be found, is incomplete, or does not fit the text that it has to learn."""
     if run.student.path is not None:
         _require_model(run, run.student.path, "student.path", run.student.trust_remote_code)
 
@@ -71,7 +74,7 @@ def _require_model(
 
 
 def _expected(run: RunFile, adapted: bool) -> Expected:
-    """What is known of the text that models will meet."""
+    """Return what is known about the text that the models have to fit, before it is made."""
     from capgap.pipeline.models.checks import Expected
     from capgap.pipeline.models.text import RunText
     from capgap.pipeline.models.tokenizers import load_tokenizer
@@ -83,6 +86,6 @@ def _expected(run: RunFile, adapted: bool) -> Expected:
             text = RunText(made)
             return Expected(text.tokenizer(), f"the {stage}", text.seq_len, adapted)
     given = run.corpus.tokenizer
-    # an extended tokenizer has pieces that nobody knows yet
+    # the pieces that extend a tokenizer are known only when the corpus is made
     is_known = given is not None and run.corpus.extend_vocabulary is None
     return Expected(load_tokenizer(given) if is_known and given else None, "the corpus", run.corpus.seq_len, adapted)

@@ -1,16 +1,16 @@
-"""Are a model's files still those whose digests were written down when its stage was finished?
+"""Check that a model's files still have the digests that were recorded when its stage finished.
 
     model made by a stage   folder/model/*           --> digests in the manifest's `files`
-    model that was given    the folder that it is in --> digests in the manifest's `sources`
-    model by its id         nothing was written down: the hub's own cache is believed
+    model given as a folder that folder              --> digests in the manifest's `sources`
+    model given by its id   no digests are recorded; the hub's own cache is trusted
 
-A reader of a cache finds damage member by member. Weights are read whole and have no checksum of their own, so one
-flipped bit would pass unseen: their digests are checked before the work begins.
+A reader of a cache finds damage member by member. The files of weights have no checksums of their own, so one flipped
+bit would pass unnoticed. Therefore their digests are checked before the work begins.
 
-Cost: every byte is read and hashed once in each process that opens the model, and so once for each stage and each rank
-of a training. A file that this process has hashed is not hashed again while its size, time and inode stay the same;
-other processes are told nothing, for none of the three proves anything about bytes. `docs/operations.md` has the rate;
-the files of a model are hashed beside one another.
+Cost: each process that opens the model reads and hashes every byte once, so this happens once for each stage and each
+rank of a training. A process does not hash a file again while its size, time and inode stay the same. The result is not
+shared between processes, as these three prove nothing about the bytes. The files of a model are hashed in parallel;
+`docs/operations.md` gives the rate.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from capgap.schemas.manifest import FileEntry, SourceEntry
 _LOG = logging.getLogger("capgap")
 
 _MOST_THREADS = 8
-# a few seconds of hashing, which whoever waits should be told of
+# hashing this many bytes takes a few seconds, which is worth a log line
 _WORTH_A_LINE_BYTES = 4 << 30
 
 _Found = tuple[int, int, int]
@@ -39,12 +39,12 @@ _HASHED: dict[Path, tuple[_Found, str]] = {}
 def require_as_recorded(made: StageInput, folder: Path, is_given: bool) -> None:
     """Raise CorruptError unless the files of a finished stage's model have the digests that its manifest lists.
 
-    A model of which no weights are left is no damage: whoever loads it says what is missing.
+    A model without any weight files is not refused here, as its loading then says what is missing.
 
     Args:
-        made: the stage that made the model, or was given it.
-        folder: that the model lies in.
-        is_given: it lies outside the stage's folder.
+        made: the stage that made the model or was given it.
+        folder: folder of the model.
+        is_given: whether the model was given, and lies outside the stage's folder.
     """
     entries = _given(made, folder) if is_given else _made(made, folder)
     recorded = (path for path, _ in entries if path.suffix == ".safetensors")
@@ -61,20 +61,20 @@ def require_as_recorded(made: StageInput, folder: Path, is_given: bool) -> None:
 
 
 def _made(made: StageInput, folder: Path) -> list[tuple[Path, FileEntry | SourceEntry]]:
-    """All but the model card, which nothing reads."""
+    """Return the model's files in the manifest, without the model card, which nothing reads."""
     inside = f"{folder.relative_to(made.path).as_posix()}/"
     listed = (file for file in made.manifest.files if file.path.startswith(inside) and not file.path.endswith(".md"))
     return [(made.path / file.path, file) for file in listed]
 
 
 def _given(made: StageInput, folder: Path) -> list[tuple[Path, FileEntry | SourceEntry]]:
-    """Sources may be named from the folder in which the stage was started; the model's own is known."""
+    """Return the source files below the model's folder; their recorded paths may be relative to another directory."""
     paths = [source.path for source in made.manifest.sources]
     return [(folder / place_below(source.path, paths), source) for source in made.manifest.sources]
 
 
 def _digest(path: Path) -> str | None:
-    """None where there is no file."""
+    """Return the sha256 of a file; None where there is no file."""
     try:
         status = path.stat()
         found = (status.st_size, status.st_mtime_ns, status.st_ino)

@@ -1,7 +1,7 @@
-"""The text side of a run: tokenizer, context rule, held-out sequences, bytes of text.
+"""The text of a run: its tokenizer, context rule, held-out sequences and sizes in bytes.
 
-corpus in the run     --> from the corpus
-a finished cache only --> from the cache, which holds the same tokenizer, facts, and its own held-out sequences
+the run has a corpus  --> all of it comes from the corpus
+only a finished cache --> it comes from the cache, which holds the same tokenizer, facts, and held-out sequences
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from capgap.schemas.manifest import ShardSet
 from capgap.schemas.run_cache import RecordingName
 
 TOKENIZER_FOLDER = "tokenizer"
-# as transformers writes them beside a tokenizer, and reads them
+# names of the files that transformers writes and reads next to a tokenizer
 _CHAT_TEMPLATE_NAME, _FURTHER_TEMPLATES_FOLDER, _DEFAULT = "chat_template.jinja", "additional_chat_templates", "default"
 
 _CORPUS, _CACHE = "corpus", "cache"
@@ -30,52 +30,55 @@ _CORPUS, _CACHE = "corpus", "cache"
 
 @dataclass(frozen=True)
 class RunText:
-    """What a stage must know of the text that it works on.
+    """What a stage must know about the text that it works on.
 
     Attributes:
-        made: the finished corpus, or a finished cache that stands for it.
+        made: the finished corpus, or a finished cache that takes its place.
     """
 
     made: StageInput
 
     @classmethod
     def among(cls, inputs: Mapping[str, StageInput]) -> RunText:
-        """That of a stage's inputs: of the corpus where it is one of them, otherwise of the cache."""
+        """Return the text of a stage's inputs: the corpus's if it is one of them, otherwise the cache's."""
         return cls(inputs[_CORPUS if _CORPUS in inputs else _CACHE])
 
     @property
     def of_cache(self) -> bool:
-        """Whether a cache stands for the corpus."""
+        """Whether a cache takes the place of the corpus."""
         return self.made.manifest.read_as == _CACHE
 
     @property
     def facts(self) -> TextFacts:
-        """Tokenizer, context rule, and how many bytes the text of each split has."""
+        """Facts of the tokenizer, the context rule, and the number of bytes of text in each split."""
         return text_facts(self.made.manifest.read_as, self.made.manifest.facts)
 
     @property
     def tokenizer_folder(self) -> Path:
-        """The tokenizer's files, on a local disk.
+        """The folder of the tokenizer's files, on a local disk.
 
         Raises:
-            CorruptError, InputError: they are not what was written, or cannot be fetched.
+            CorruptError, InputError: the files have changed since they were written, or cannot be fetched.
         """
         return self.made.fetch(TOKENIZER_FOLDER)
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer itself; errors as `tokenizer_folder`."""
+        """Load the tokenizer; raises the errors of `tokenizer_folder`."""
         return load_tokenizer(self.tokenizer_folder)
 
     @property
     def seq_len(self) -> int:
-        """Targets per sequence."""
+        """Number of targets per sequence."""
         return next(iter(self.made.manifest.shard_sets.values())).seq_len
 
     def heldout_shards(self, recording: RecordingName | None = None) -> ShardSet:
-        """The shards of held-out sequences; of a cache those of the recording, or of any: the text is the same.
+        """Return the shards of held-out sequences.
+
+        Args:
+            recording: recording of a cache whose shards to return; None for any, as all hold the same text.
 
         Raises:
-            InputError: the cache has none.
+            InputError: the cache has no held-out sequences.
         """
         sets = self.made.manifest.shard_sets
         if not self.of_cache:
@@ -91,29 +94,29 @@ class RunText:
             where=self.made.location,
             found="cache.num_heldout_sequences was 0",
             expected="a cache with held-out sequences, or its corpus beside it",
-            fix="name the corpus that it was made of (reuse.corpus), or make the cache again with "
+            fix="name the corpus that the cache was made from (reuse.corpus), or make the cache again with "
             "cache.num_heldout_sequences above 0",
         )
 
     def heldout(self, recording: RecordingName | None = None) -> ShardReader:
-        """Reads them; errors as `heldout_shards`, or as the reader."""
+        """Open the shards of held-out sequences; raises the errors of `heldout_shards` and of the reader."""
         return ShardReader(self.made.location, self.heldout_shards(recording))
 
 
 def write_tokenizer(corpus: StageInput, teacher: str, folder: Path) -> None:
-    """Give a cache's folder the corpus's tokenizer, file by file, with the teacher's chat templates where it has none.
+    """Copy the corpus's tokenizer into a cache's folder, with the teacher's chat templates if it has none of its own.
 
-    Whoever trains from the cache has them then, also where neither corpus nor teacher is. Templates with special tokens
-    that the corpus's tokenizer does not have are left out.
+    So a student can be trained from the cache without corpus and teacher. Templates with special tokens that the
+    corpus's tokenizer does not have are left out.
 
     Args:
-        corpus: that the cache is made of.
-        teacher: folder or id of the model that it is made by; empty for none that is here.
-        folder: of the cache.
+        corpus: the corpus that the cache is made from.
+        teacher: the teacher's folder or id; empty if the teacher is not on this machine.
+        folder: folder of the cache.
 
     Raises:
-        CorruptError, InputError: as `RunText.tokenizer_folder`; or a chat template's name is no file's name.
-        OSError: the folder cannot be written.
+        CorruptError, InputError: as `RunText.tokenizer_folder`, or a chat template's name is not a valid file name.
+        OSError: the folder is not writable.
     """
     text, target = RunText(corpus), folder / TOKENIZER_FOLDER
     source = text.tokenizer_folder
@@ -133,10 +136,10 @@ def _write_templates(templates: ChatTemplates, folder: Path, where: str) -> None
             continue
         if Path(name).name != name:
             raise InputError(
-                "the name of a chat template is no file's name",
+                "the name of a chat template is not a valid file name",
                 where=where,
                 found=ascii(name),
-                expected="no folder in it",
+                expected="a name without folders",
             )
         file = folder / _FURTHER_TEMPLATES_FOLDER / f"{name}.jinja"
         file.parent.mkdir(exist_ok=True)

@@ -1,7 +1,8 @@
-"""How much text a tokenizer may make of a character, which its description says before any text goes through it.
+"""Bound the growth of text in a tokenizer by its description, before any text goes through it.
 
-A normaliser is a stranger's list of steps: forty that each write a letter twice make a terabyte of one. What each step
-can make at most of one character is known from its kind, so the whole is refused before it runs, whatever the text.
+A given model's normaliser is a list of steps that a stranger wrote: forty steps that each double a letter make a
+terabyte of one letter. The kind of a step gives the most characters that it can make of one, so a tokenizer that grows
+too much is refused before it runs, whatever the text.
 """
 
 from __future__ import annotations
@@ -19,35 +20,36 @@ from capgap.schemas.errors import InputError
 MAX_GROWTH = 64
 """Characters that one character of text may become; Unicode's own tables count once, however often they are used."""
 
-# U+FDFA becomes eighteen characters, and no other more
+# U+FDFA becomes eighteen characters, and no character becomes more
 _UNICODE_TABLES = 18
 _BYTES_OF_CHARACTER = 4
 _PARTS = ("normalizer", "pre_tokenizer", "decoder")
 
 
 def require_bounded(description: dict[str, Any], where: str) -> None:
-    """Raise InputError where a tokenizer can make too much of a text.
+    """Raise InputError where a tokenizer can make a text too long.
 
     Args:
-        description: what its tokenizer.json says; parts that are missing do nothing.
-        where: the tokenizer as the user knows it.
+        description: content of its tokenizer.json; missing parts change nothing.
+        where: name of the tokenizer in errors.
     """
     for part in _PARTS:
         growth = _growth(description.get(part))
         if growth > MAX_GROWTH:
             raise InputError(
-                f"the {part} of the tokenizer makes too much of a text",
+                f"the {part} of the tokenizer can make a text too long",
                 where=where,
-                found=f"up to {growth:.3g} characters for each",
+                found=f"up to {growth:.3g} characters for each character",
                 expected=f"at most {MAX_GROWTH}",
                 fix="use another tokenizer",
             )
 
 
 def require_bounded_file(folder: Path) -> None:
-    """`require_bounded` of a folder's tokenizer.json, before anything reads it; one that cannot be read is left alone.
+    """Raise InputError where a folder's tokenizer.json describes a tokenizer that can make a text too long.
 
-    What a file adds as whole tokens goes through its normaliser when it is loaded.
+    It must be called before the tokenizer is loaded, as loading already normalises the file's added tokens. A file that
+    cannot be read is not refused here.
     """
     file = folder / "tokenizer.json"
     if file.is_file():
@@ -56,7 +58,7 @@ def require_bounded_file(folder: Path) -> None:
 
 
 def require_bounded_tokenizer(tokenizer: Any, where: str) -> None:
-    """`require_bounded` of a tokenizer that was loaded from wherever, for it may not be what its folder says."""
+    """Raise InputError where a loaded tokenizer, which may differ from its folder's file, can make a text too long."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     parts = {name: getattr(backend, name, None) for name in _PARTS}
     require_bounded({name: json.loads(part.__getstate__()) for name, part in parts.items() if part is not None}, where)
@@ -64,7 +66,7 @@ def require_bounded_tokenizer(tokenizer: Any, where: str) -> None:
 
 @lru_cache
 def _parts_in(file: Path, num_bytes: int, modified_ns: int) -> dict[str, Any]:
-    """The parts of a file, read once: it may hold a quarter of a million tokens."""
+    """Read the parts of a file, and keep them: the file may hold a quarter of a million tokens."""
     try:
         description = json.loads(file.read_bytes())
     except (ValueError, RecursionError, OSError):
@@ -73,14 +75,14 @@ def _parts_in(file: Path, num_bytes: int, modified_ns: int) -> dict[str, Any]:
 
 
 def _growth(part: object) -> float:
-    """The product of what its steps may make; the tables of Unicode, which change nothing twice, are one step."""
+    """Return the product of the growth of all steps; Unicode's tables change nothing twice, so they are one step."""
     steps = list(_steps(part))
     usual = any(step.get("type") in ("NFD", "NFKD", "NFC", "NFKC", "Lowercase") for step in steps)
     return math.prod([_UNICODE_TABLES if usual else 1, *(_growth_of_step(step) for step in steps)])
 
 
 def _steps(part: object) -> Iterator[dict[str, Any]]:
-    """Every step, those of sequences within sequences too, however deep."""
+    """Yield every step, also of nested sequences of any depth."""
     left = [part]
     while left:
         one = left.pop()
@@ -98,7 +100,7 @@ def _growth_of_step(step: dict[str, Any]) -> float:
             text = pattern.get("String") if isinstance(pattern, dict) else None
             if isinstance(text, str) and text:
                 return max(1.0, len(content) / len(text))
-            # an expression may match nothing, before each character
+            # a regular expression may match the empty text before each character
             return 1.0 + len(content)
         case "ByteLevel":
             return _BYTES_OF_CHARACTER
@@ -110,7 +112,10 @@ def _growth_of_step(step: dict[str, Any]) -> float:
 
 
 def _longest_of_map(value: object) -> float:
-    """SentencePiece's table: the length of a trie, the trie, and behind it what is written, a zero after each."""
+    """Return the length of the longest replacement in SentencePiece's table.
+
+    The table holds the length of a trie, the trie, and then the replacements, each with a zero byte after it.
+    """
     try:
         data = base64.b64decode(str(value))
         texts = data[4 + int.from_bytes(data[:4], "little") :].split(b"\0")

@@ -1,8 +1,8 @@
-"""A tokenizer as its tokenizer.json has it, whatever class transformers would put in its place.
+"""Load a tokenizer exactly as its tokenizer.json describes it, whatever class transformers would use for it.
 
-transformers builds some classes anew from vocabulary and merges, with a normaliser and a pre-tokenizer of their own: a
-byte-level vocabulary that is declared Llama's loses every space. The ids are those of the file. Where the class has
-changed a part, the generic class is taken, which reads the file as it is; and probe texts prove the result.
+Some classes of transformers rebuild the tokenizer from its vocabulary and merges, with their own normaliser and
+pre-tokenizer: a byte-level vocabulary that is declared Llama's loses every space. The file decides the ids. Where the
+class has changed a part, the generic class is used, which reads the file as it is; probe texts verify the result.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from capgap.schemas.errors import InputError, MachineError
 _LOG = logging.getLogger("capgap")
 
 TOKENIZER_FILE = "tokenizer.json"
-# of SentencePiece, of some models also of tiktoken
+# files of SentencePiece; for some models they hold the vocabulary of tiktoken
 _PIECES_FILES = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
 
 PROBES = (
@@ -40,17 +40,17 @@ PROBES = (
     "def f(x):\n    return {'a': [1, 2], \"b\": x ** 2}  # comment\n",
     " leading and trailing ",
 )
-"""Texts that tokenizers of different kinds cut differently; none of them is changed by composing its characters."""
+"""Texts that different kinds of tokenizers split differently; composing characters (NFC) changes none of them."""
 
 
 def require_files(path: str | Path) -> None:
-    """Raise InputError if a pointer of Git LFS lies in the place of one of a folder's tokenizer files."""
+    """Raise InputError if one of a folder's tokenizer files is a Git LFS pointer."""
     for name in (TOKENIZER_FILE, *_PIECES_FILES, "vocab.json", "merges.txt"):
         require_no_pointer(Path(path) / name, str(path))
 
 
 def require_reader(path: str | Path, error: Exception) -> None:
-    """Raise MachineError if `error` says that a package is missing that reads the tokenizer's files."""
+    """Raise MachineError if `error` says that a package which reads the tokenizer's files is not installed."""
     said = str(error)
     file = next((name for name in _PIECES_FILES if file_at(path, name) is not None), None)
     if file is None or ("sentencepiece" not in said.lower() and "tiktoken" not in said.lower()):
@@ -67,7 +67,7 @@ def require_reader(path: str | Path, error: Exception) -> None:
 
 
 def file_at(path: str | Path, name: str) -> Path | None:
-    """A file of a folder, or of an id that was loaded before; None where there is none on this machine."""
+    """Return the path of a file of a folder or of a downloaded id; None where it is not on this machine."""
     if Path(path).is_dir():
         file = Path(path) / name
         return file if file.is_file() else None
@@ -79,10 +79,10 @@ def file_at(path: str | Path, name: str) -> Path | None:
 
 
 def read_reference(path: str | Path) -> Tokenizer | None:
-    """What tokenizer.json says, read by its own library; None where there is no such file on this machine.
+    """Read tokenizer.json with the tokenizers library; None where there is no such file on this machine.
 
     Raises:
-        InputError: the library cannot read it.
+        InputError: the library cannot read the file, or the tokenizer draws ids at random.
     """
     file = file_at(path, TOKENIZER_FILE)
     if file is None:
@@ -91,7 +91,7 @@ def read_reference(path: str | Path) -> Tokenizer | None:
         tokenizer = Tokenizer.from_file(str(file))
         dropout = getattr(tokenizer.model, "dropout", None)
         tokenizer.encode(PROBES[0])
-    except BaseException as error:  # the library raises nothing more exact, and where it panics, no Exception at all
+    except BaseException as error:  # the library raises plain Exceptions, and a panic that is no Exception
         if isinstance(error, (KeyboardInterrupt, SystemExit)):
             raise
         raise InputError(
@@ -102,7 +102,7 @@ def read_reference(path: str | Path) -> Tokenizer | None:
             "the tokenizer's ids are drawn at random",
             where=path,
             found=f"dropout {dropout:g} in the model of {TOKENIZER_FILE}",
-            expected="none: one text has the same ids each time",
+            expected="no dropout: a text must have the same ids each time",
             fix=f"set dropout to null in {TOKENIZER_FILE}",
         )
     tokenizer.no_truncation()
@@ -114,15 +114,16 @@ def read_reference(path: str | Path) -> Tokenizer | None:
 def as_in_file(
     tokenizer: PreTrainedTokenizerBase, reference: Tokenizer | None, path: str | Path
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer, or the generic one of the same files where its class has changed what decides ids.
+    """Return the tokenizer, or the generic one of the same files where its class has changed a part that decides ids.
 
     Args:
-        tokenizer: as transformers loaded it.
-        reference: of `read_reference`; None where there is no tokenizer.json.
+        tokenizer: the tokenizer as transformers loaded it.
+        reference: the result of `read_reference`; None where there is no tokenizer.json.
         path: folder or id that both come from.
 
     Raises:
-        InputError: neither gives the ids of tokenizer.json, or a byte-level one does not give texts back.
+        InputError: neither gives the ids of tokenizer.json, a byte-level tokenizer does not decode to the same text,
+            or the end-of-sequence token is not in the vocabulary.
     """
     own = getattr(tokenizer, "backend_tokenizer", None)
     if not isinstance(own, Tokenizer):
@@ -155,25 +156,26 @@ def as_in_file(
 
 
 def _require_known_end(tokenizer: PreTrainedTokenizerBase, reference: Tokenizer, path: str | Path) -> None:
-    """transformers gives a token that is only named a new id, of which no model knows anything."""
+    """Refuse an end-of-sequence token outside the vocabulary: transformers would give it an id that no model knows."""
     end = tokenizer.eos_token
     if end is not None and reference.token_to_id(str(end)) is None:
         raise InputError(
             "the end-of-sequence token is not in the vocabulary",
             where=path,
             found=f"eos_token {str(end)!a}, which {TOKENIZER_FILE} does not have",
-            expected="one that the model was trained with, to stand between documents",
+            expected="a token that the model was trained with, to separate documents",
             fix="set eos_token in its tokenizer_config.json",
         )
 
 
 def _parts(tokenizer: Tokenizer) -> dict[str, Any]:
-    """What a class may have changed of what decides ids and gives text back.
+    """Return the parts that decide ids and decoding and that a class may have changed.
 
-    Vocabulary and merges, megabytes of them, every class takes from the file; the probes would show it otherwise.
+    Vocabulary and merges are left out. They take megabytes, every class takes them from the file, and the probe texts
+    would show a difference.
     """
     steps = {name: getattr(tokenizer, name) for name in ("normalizer", "pre_tokenizer", "decoder")}
-    # as pickle has them, which is JSON
+    # the pickled state of these parts is JSON
     parts: dict[str, Any] = {name: step and json.loads(step.__getstate__()) for name, step in steps.items()}
     model = tokenizer.model
     settings = {name: getattr(model, name) for name in dir(model) if not name.startswith("_")}
@@ -186,10 +188,10 @@ def _first_probe(tokenizer: PreTrainedTokenizerBase, reference: Tokenizer) -> st
 
 
 def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    # what looks like a special token is text, as in a corpus: which tokens are special, a configuration may say
+    # a text that looks like a special token is split like other text, as in a corpus, whatever the configuration says
     try:
         return list(tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"])
-    except Exception:  # the library's own: the class and the vocabulary do not belong together
+    except Exception:  # raised by the library where class and vocabulary do not belong together
         return []
 
 
@@ -199,14 +201,14 @@ def _ids_in_file(reference: Tokenizer, text: str) -> list[int]:
 
 
 def _require_text_back(tokenizer: PreTrainedTokenizerBase, parts: dict[str, Any], path: str | Path) -> None:
-    """Every text can be told from the ids of a byte-level vocabulary, up to a blank that is put before it."""
+    """Refuse a byte-level tokenizer that does not decode the ids of a text to that text, up to a space before it."""
     if '"ByteLevel"' not in json.dumps(parts["decoder"]) or (parts["normalizer"] is not None and _changes(tokenizer)):
         return
     for text in PROBES:
         back = tokenizer.decode(_ids(tokenizer, text), clean_up_tokenization_spaces=False)
         if back not in (text, f" {text}"):
             raise InputError(
-                "a byte-level tokenizer does not give a text back",
+                "a byte-level tokenizer does not decode ids to their text",
                 where=path,
                 found=ascii(back[:60]),
                 expected=ascii(text[:60]),
@@ -215,7 +217,7 @@ def _require_text_back(tokenizer: PreTrainedTokenizerBase, parts: dict[str, Any]
 
 
 def _changes(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether its normaliser is meant to change texts, as one that makes small letters of all."""
+    """Return whether the tokenizer's normaliser changes texts on purpose, for example to lower case."""
     normaliser = tokenizer.backend_tokenizer.normalizer
     return normaliser is not None and any(normaliser.normalize_str(text) != text for text in PROBES)
 

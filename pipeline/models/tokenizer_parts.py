@@ -1,12 +1,12 @@
-"""What of a tokenizer decides which ids a text gets, and where two of them first differ.
+"""The parts of a tokenizer that decide which ids a text gets, and the first difference between two tokenizers.
 
     vocabulary, merges and the model's other settings     which ids a word is made of
-    normaliser, pre-tokenizer                             what a word is
-    added tokens that are not special                     what is never cut
-    post-processor                                        the ids that it puts before and behind a text
+    normaliser, pre-tokenizer                             how a text is split into words
+    added tokens that are not special                     which pieces are never split
+    post-processor                                        the ids that it puts before and after a text
 
-What special tokens are called, for ends of documents or for padding, decides no id of a text; nor does the decoder, or
-a post-processor that only moves offsets.
+Other parts decide no id of a text: the choice of special tokens for ends of documents or padding, the decoder, or a
+post-processor that only moves offsets.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
 Difference = tuple[str, str, str]
-"""What differs, what it is in the one, and in the other."""
+"""The name of the entry that differs, its value in the expected tokenizer, and its value in the other one."""
 
 _PROBE = "a"
 
 
 @dataclass(frozen=True)
 class TokenizerParts:
-    """What decides ids.
+    """The parts of a tokenizer that decide the ids of a text.
 
     Attributes:
-        vocab: every token's id.
-        merges: of a BPE, in their order.
-        settings: the model's other settings, normaliser, pre-tokenizer, added tokens, and what is put around a text.
+        vocab: the id of every token.
+        merges: merges of a BPE model in order; empty for other models.
+        settings: the model's other settings, normaliser, pre-tokenizer, added tokens, and the ids around a text.
     """
 
     vocab: dict[str, int]
@@ -40,22 +40,22 @@ class TokenizerParts:
     settings: dict[str, Any]
 
     def text(self) -> str:
-        """The same for the same parts, for a digest."""
+        """Return a text of all parts for a digest; equal parts give equal texts."""
         return json.dumps([self.vocab, self.merges, self.settings], sort_keys=True, ensure_ascii=True)
 
     def lacking(self, tokens: set[str]) -> TokenizerParts:
-        """The same without these tokens."""
+        """Return the same parts without the given tokens."""
         vocab = {token: number for token, number in self.vocab.items() if token not in tokens}
         return TokenizerParts(vocab, self.merges, self.settings)
 
     def within(self, larger: TokenizerParts) -> TokenizerParts:
-        """The entries of a larger one that this one has too, and as many merges."""
+        """Return the entries of `larger` that this vocabulary has too, and as many of its first merges as here."""
         vocab = {token: number for token, number in larger.vocab.items() if token in self.vocab}
         return TokenizerParts(vocab, larger.merges[: len(self.merges)], larger.settings)
 
 
 def parts_of(tokenizer: PreTrainedTokenizerBase) -> TokenizerParts:
-    """The parts of a loaded tokenizer."""
+    """Return the parts of a loaded tokenizer that decide ids."""
     settings: dict[str, Any] = {"post-processor": ids_around(tokenizer)}
     merges: list[list[str]] = []
     backend = getattr(tokenizer, "backend_tokenizer", None)
@@ -79,7 +79,7 @@ def parts_of(tokenizer: PreTrainedTokenizerBase) -> TokenizerParts:
 
 
 def ids_around(tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    """The ids that the post-processor puts before a text and behind it."""
+    """Return the ids that the post-processor puts before a text, and those that it puts after the text."""
     bare = list(tokenizer(_PROBE, add_special_tokens=False, verbose=False)["input_ids"])
     whole = list(tokenizer(_PROBE, add_special_tokens=True, verbose=False)["input_ids"])
     for place in range(len(whole) - len(bare) + 1):
@@ -89,9 +89,9 @@ def ids_around(tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
 
 
 def first_difference(expected: TokenizerParts, found: TokenizerParts) -> Difference | None:
-    """The first entry that differs, in the order of the ids, of the merges, and of the settings' names."""
+    """Return the first entry that differs, first by ids, then by merges, then by the settings' names; None if equal."""
     if expected.vocab != found.vocab:
-        # in the order of the expected ids, which is that of the file
+        # in the order of the expected ids, which is the order of the file
         either = found.vocab | expected.vocab
         for token in sorted(either, key=either.__getitem__):
             here, there = expected.vocab.get(token), found.vocab.get(token)

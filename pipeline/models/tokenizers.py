@@ -1,4 +1,4 @@
-"""Tokenizers: loaded with care, and their identity: two that give one text different ids must never meet in one run."""
+"""Load and compare tokenizers: two tokenizers that give a text different ids must never be used in the same run."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ _NAMES = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 
 def load_tokenizer(path: str | Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """The tokenizer of a folder or id; its ids are those of its tokenizer.json.
+    """Load the tokenizer of a folder or id, with the ids of its tokenizer.json.
 
     Raises:
-        InputError: there is none, its files cannot be read, it needs code that is not trusted, it makes too much of
-            a text, or it gives other ids than its tokenizer.json.
+        InputError: there is no tokenizer, its files cannot be read, it needs code that is not trusted, it can make a
+            text too long, or it gives other ids than its tokenizer.json.
         MachineError: a package that reads its files is not installed, or the network fails.
     """
     require_bounded_file(Path(path))
@@ -49,12 +49,12 @@ def load_tokenizer(path: str | Path, trust_remote_code: bool = False) -> PreTrai
         raise not_there("no tokenizer can be found", path, error, "tokenizer.json") from None
     tokenizer.chat_template = _without_mark(tokenizer.chat_template)
     require_bounded_tokenizer(tokenizer, str(path))
-    # of an id the file may have come a moment ago
+    # the file of an id may have been downloaded only by loading the tokenizer
     return as_in_file(tokenizer, reference or read_reference(path), path)
 
 
 def _loaded(path: str | Path, trust_remote_code: bool, has_file: bool) -> PreTrainedTokenizerBase:
-    """As transformers loads it; where its class cannot read what lies in tokenizer.json, by the class that can."""
+    """Load a tokenizer with transformers, by the generic class if its own class cannot read its tokenizer.json."""
     try:
         with contents_of(_UNREADABLE, path, _FILES):
             return AutoTokenizer.from_pretrained(str(path), trust_remote_code=trust_remote_code)
@@ -66,15 +66,15 @@ def _loaded(path: str | Path, trust_remote_code: bool, has_file: bool) -> PreTra
 
 
 def chat_template_of(path: str | Path, known: Container[str] | None = None) -> ChatTemplates:
-    """What a tokenizer on this machine has of chat templates; None where it has none, or is not here.
+    """Return the chat templates of a tokenizer on this machine; None if it has none or is not on this machine.
 
     Args:
-        path: its folder or id.
-        known: the entries of the tokenizer that is to have them; None too where they write special tokens that it has
-            not, for it would write these as pieces of text.
+        path: the tokenizer's folder or id.
+        known: vocabulary of the tokenizer that will use the templates. The result is None if the templates write
+            special tokens outside it, as that tokenizer would split these like text. None leaves this check out.
 
     Raises:
-        InputError: its files hold what is no tokenizer.
+        InputError: the files do not hold a tokenizer.
     """
     try:
         with contents_of(_UNREADABLE, path, _FILES):
@@ -94,16 +94,17 @@ def chat_template_of(path: str | Path, known: Container[str] | None = None) -> C
 
 
 def with_names_of(text: PreTrainedTokenizerBase, own: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    """A model's own tokenizer, in place, with the text's names of special tokens and, where it has none, chat template.
+    """Give a model's own tokenizer, in place, the text's special tokens and, if it has none, its chat template.
 
     Args:
         text: the tokenizer of the text.
-        own: of the model, which agrees with it; an end token that it alone has stays its own.
+        own: the model's tokenizer, which gives every text the same ids. If its end-of-sequence token is not in the
+            vocabulary of `text`, it is kept.
     """
     known = text.get_vocab()
     for name in _NAMES:
         said, theirs = getattr(own, name), getattr(text, name)
-        # an end of turns that it alone has is where it stops
+        # such a token ends a turn, and the model stops generating there
         is_own_end = name == "eos_token" and said is not None and said not in known
         if theirs is not None and said != theirs and not is_own_end:
             setattr(own, name, theirs)
@@ -112,14 +113,14 @@ def with_names_of(text: PreTrainedTokenizerBase, own: PreTrainedTokenizerBase) -
 
 
 def _without_mark(template: Any) -> Any:
-    """A template without the byte order mark with which some editors begin a file: every text would begin with it."""
+    """Return a template without the byte order mark of some editors, with which every rendered text would begin."""
     if isinstance(template, dict):
         return {name: _without_mark(one) for name, one in template.items()}
     return template.removeprefix("\ufeff") if isinstance(template, str) else template
 
 
 def refuse_code(error: Exception, where: str | Path) -> None:
-    """Raise InputError if that is what transformers says of a model or tokenizer with code of its own."""
+    """Raise InputError if transformers' error says that a model or tokenizer needs code that comes with it."""
     if "trust_remote_code" in str(error):
         raise InputError(
             "needs Python code that comes with it, which is not run",
@@ -129,7 +130,7 @@ def refuse_code(error: Exception, where: str | Path) -> None:
 
 
 def tokenizer_facts(tokenizer: PreTrainedTokenizerBase) -> TokenizerFacts:
-    """Fingerprint, real vocabulary size and the id that ends a document.
+    """Return the fingerprint, the real vocabulary size and the id that ends a document.
 
     Raises:
         InputError: the tokenizer has no end-of-sequence token.
@@ -138,7 +139,7 @@ def tokenizer_facts(tokenizer: PreTrainedTokenizerBase) -> TokenizerFacts:
         raise InputError(
             "the tokenizer has no end-of-sequence token",
             where=tokenizer.name_or_path,
-            expected="one, to stand between documents",
+            expected="an end-of-sequence token, to separate documents",
             fix="set eos_token in its tokenizer_config.json",
         )
     parts = parts_of(tokenizer)
@@ -152,10 +153,11 @@ def tokenizer_facts(tokenizer: PreTrainedTokenizerBase) -> TokenizerFacts:
 def require_same_tokenizer(
     expected: PreTrainedTokenizerBase, expected_where: str, found: PreTrainedTokenizerBase, found_where: str
 ) -> None:
-    """Raise MismatchError, naming the first differing entry, unless both give every text the same ids.
+    """Raise MismatchError, naming the first differing entry, unless both tokenizers give every text the same ids.
 
-    Special tokens that are only called otherwise, such as an end of turn for an end of document, are logged, no error;
-    so are further ones behind all ids of the expected, such as for padding, which no text has.
+    Two differences are only logged: another choice of special tokens, such as an end of turn instead of an end of
+    document; and further special tokens of `found` with ids after all of `expected`, such as for padding, which no
+    text contains.
     """
     here, there = parts_of(expected), parts_of(found)
     further = _further_specials(found, here)
@@ -168,7 +170,7 @@ def require_same_tokenizer(
             "use models of one tokenizer, or set corpus.tokenizer to the teacher's folder",
         )
     if further:
-        text = "%s: %d special tokens more than %s has, which no text holds: %s"
+        text = "%s: %d special tokens more than %s has, which occur in no text: %s"
         _LOG.info(text, found_where, len(further), expected_where, ", ".join(map(ascii, sorted(further)[:5])))
     _say_other_names(expected, expected_where, found, found_where)
 
@@ -182,9 +184,9 @@ def _further_specials(found: PreTrainedTokenizerBase, expected: TokenizerParts) 
 def require_extended_tokenizer(
     extended: PreTrainedTokenizerBase, extended_where: str, found: PreTrainedTokenizerBase, found_where: str
 ) -> None:
-    """Raise MismatchError, naming the first differing entry, unless every entry of `found` has its id in `extended`.
+    """Raise MismatchError, naming the first differing entry, unless `extended` has every entry of `found` at its id.
 
-    Whatever else decides ids must be the same.
+    All else that decides ids must be equal in both tokenizers.
     """
     part = parts_of(found)
     difference = first_difference(part.within(parts_of(extended)), part)
@@ -206,11 +208,14 @@ def _mismatch(what: str, where: str, difference: Difference, fix: str) -> Mismat
 def _say_other_names(
     expected: PreTrainedTokenizerBase, expected_where: str, found: PreTrainedTokenizerBase, found_where: str
 ) -> None:
-    """One line on special tokens that are named otherwise: ids of text are the same, and the first one decides."""
+    """Log which special tokens differ between two tokenizers that give texts the same ids; `expected` decides."""
     other = [
         f"{name} is {getattr(found, name)!r}, not {getattr(expected, name)!r}"
         for name in _NAMES
         if getattr(found, name) != getattr(expected, name)
     ]
     if other:
-        _LOG.info("%s: the ids are those of %s, whose names count: %s", found_where, expected_where, "; ".join(other))
+        _LOG.info(
+            "%s: the ids are those of %s, whose special tokens are used: %s",
+            *(found_where, expected_where, "; ".join(other)),
+        )

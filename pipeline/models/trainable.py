@@ -1,7 +1,7 @@
-"""The model that a training goes on from, and the folders that it leaves.
+"""Load the model that a training starts from, and write the folders of the trained model.
 
-model/            what is served and measured; of a student of few bits, as compressed-tensors packs it
-high_precision/   of such a student alone: the weights that were trained, from which a training goes on
+model/            the model that is served and measured; for a low-bit student, packed by compressed-tensors
+high_precision/   for a low-bit student only: the weights that were trained, from which a training continues
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ def require_compressed_tensors(setting: str) -> None:
 
 
 def is_quantised(config: Any) -> bool:
-    """Whether the weights of a model of this configuration lie in few bits."""
+    """Return whether a configuration declares quantised weights."""
     return getattr(config, "quantization_config", None) is not None
 
 
 def require_plain(config: Any, where: str) -> None:
-    """Raise InputError for a given model that is quantised already: numbers of few bits cannot be trained."""
+    """Raise InputError for a given model that is quantised already, as low-bit numbers cannot be trained."""
     if not is_quantised(config):
         return
     beside = _beside(str(config.name_or_path))
@@ -46,13 +46,17 @@ def require_plain(config: Any, where: str) -> None:
         "the model is quantised already",
         where=where,
         found=f"quantization_config in config.json: {_method(config)}",
-        expected="weights of 16 bits or more, which a training can move",
+        expected="weights of 16 bits or more, which a training can change",
         fix=f"give {beside}, the weights that it was made of" if beside else "give the model that it was made of",
     )
 
 
 def require_trainable(path: str, where: str, trust_remote_code: bool = False) -> Any:
-    """The configuration of a model; InputError where it is quantised and its own weights do not lie beside it."""
+    """Return a model's configuration.
+
+    Raises:
+        InputError: the model is quantised, and no folder `high_precision` is next to it.
+    """
     config = load_config(path, trust_remote_code)
     if is_quantised(config) and _beside(path) is None:
         require_plain(config, where)
@@ -60,15 +64,17 @@ def require_trainable(path: str, where: str, trust_remote_code: bool = False) ->
 
 
 def load_to_train(path: str, dtype: torch.dtype | None, trust_remote_code: bool = False) -> PreTrainedModel:
-    """A model on the CPU whose weights can be trained; one of few bits computes with them and trains those beside them.
+    """Load a model on the CPU whose weights can be trained.
+
+    A low-bit model gets the weights of its folder `high_precision`, and computes with the low-bit numbers of these.
 
     Args:
         path: folder or id of the model that is served.
-        dtype: of its weights; the one they were saved in where it is left out.
-        trust_remote_code: run code that comes with the model.
+        dtype: dtype of the weights; None is the saved dtype.
+        trust_remote_code: whether to run code that comes with the model.
 
     Raises:
-        InputError: it is quantised, and the weights that it was made of do not lie beside it; or as `load_model`.
+        InputError: the model is quantised, and no folder `high_precision` is next to it; or as `load_model`.
         MachineError: compressed-tensors is not installed, or as `load_model`.
     """
     config = require_trainable(path, path, trust_remote_code)
@@ -79,13 +85,13 @@ def load_to_train(path: str, dtype: torch.dtype | None, trust_remote_code: bool 
 
     model = load_model(str(_beside(path)), "cpu", dtype, trust_remote_code, to_compute=False)
     as_compressed(model, config, Path(path))
-    # by which it is loaded again
+    # the path from which this model can be loaded again
     model.name_or_path = path
     return model
 
 
 def empty_to_train(path: str, trust_remote_code: bool = False) -> PreTrainedModel:
-    """As `load_to_train`, without memory for its weights."""
+    """Make the model of `load_to_train` on the device `meta`, without memory for its weights."""
     config = require_trainable(path, path, trust_remote_code)
     if not is_quantised(config):
         return empty_model(config, trust_remote_code)
@@ -98,13 +104,13 @@ def empty_to_train(path: str, trust_remote_code: bool = False) -> PreTrainedMode
 
 
 def save_trained(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, low_bit: bool) -> None:
-    """Write the folder `model` of a stage, and of a student of few bits `high_precision` beside it.
+    """Write the folder `model` of a stage, and for a low-bit student also `high_precision`.
 
     Args:
-        model: as it was trained.
-        tokenizer: of it.
-        folder: of the stage.
-        low_bit: whether the model computes with few bits.
+        model: the trained model.
+        tokenizer: the model's tokenizer.
+        folder: folder of the stage.
+        low_bit: whether the model computes with low-bit numbers.
     """
     if not low_bit:
         save_model(model, tokenizer, folder / MODEL_FOLDER)

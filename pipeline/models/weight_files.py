@@ -1,9 +1,9 @@
-"""What the files of a model's weights say of themselves: names, shapes and types of its tensors, from headers alone.
+"""Names, shapes and dtypes of a model's tensors, read from the headers of its weight files alone.
 
     model.safetensors                                 8 bytes: length of the header | header, JSON | the tensors' bytes
     model.safetensors.index.json --names--> model-00001-of-00002.safetensors, model-00002-of-00002.safetensors
 
-A file that is something else, a pointer of Git LFS or the first half of a download, is named as what it is.
+If a file is something else, such as a Git LFS pointer or an incomplete download, the error says so.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ INDEX_NAME = "model.safetensors.index.json"
 
 _COMPARED_ROWS = 4096
 _SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
-# what people have in the place of safetensors
+# weight files that people have instead of safetensors, and the fix for each
 _OTHERS = {
     ".bin": "convert the pickled weights: load them with transformers where you trust them, and save them again",
     ".pt": "convert the pickled weights to safetensors with the names of transformers",
@@ -41,11 +41,11 @@ _OTHERS = {
 
 @dataclass(frozen=True)
 class TensorHeader:
-    """A tensor as a file's header has it.
+    """A tensor as described in a file's header.
 
     Attributes:
-        shape: its sizes.
-        dtype: its type as safetensors names it, for example `BF16`.
+        shape: sizes of the tensor's dimensions.
+        dtype: dtype in the notation of safetensors, for example `BF16`.
     """
 
     shape: tuple[int, ...]
@@ -53,13 +53,13 @@ class TensorHeader:
 
 
 def read_headers(path: str) -> dict[str, TensorHeader]:
-    """The header of each tensor of a model, by name; no weights are read.
+    """Read the header of each tensor of a model, by name, without reading any weights.
 
     Args:
-        path: folder, or an id, whose headers alone are fetched.
+        path: the model's folder or id; for an id only the headers are fetched.
 
     Raises:
-        InputError: a file is missing, a pointer, cut off or damaged, or there are no weights as safetensors.
+        InputError: a file is missing, a Git LFS pointer, cut off or damaged, or there are no safetensors files.
         MachineError: the network fails.
     """
     folder = Path(path) if Path(path).is_dir() else _downloaded(path)
@@ -67,7 +67,7 @@ def read_headers(path: str) -> dict[str, TensorHeader]:
 
 
 def are_equal(path: str, one: str, other: str) -> bool:
-    """Whether two tensors of a model hold the same; True where they are not on this machine.
+    """Return whether two tensors of a model have equal values; True where the weights are not on this machine.
 
     Raises:
         InputError, MachineError: as `read_headers`.
@@ -87,7 +87,10 @@ def are_equal(path: str, one: str, other: str) -> bool:
 
 
 def _downloaded(path: str) -> Path | None:
-    """The folder that an id's weights lie in, if they need not be downloaded anew; files that broke are found there."""
+    """Return the local folder of an id's weights, or None where they would be downloaded again.
+
+    Damaged files in that folder are found by its reader.
+    """
     found = try_to_load_from_cache(path, "config.json", revision=_revision(path))
     folder = Path(found).parent if isinstance(found, str) else None
     if constants.HF_HUB_OFFLINE and folder is None:
@@ -98,7 +101,7 @@ def _downloaded(path: str) -> Path | None:
 
 
 def _revision(path: str) -> str | None:
-    """The commit that the hub has now; None where it is not asked."""
+    """Return the newest commit of an id on the hub; None in offline mode."""
     if constants.HF_HUB_OFFLINE:
         return None
     try:
@@ -127,7 +130,7 @@ def _of_folder(folder: Path, where: str) -> dict[str, TensorHeader]:
                     "a tensor lies in two files",
                     where=where,
                     found=f"{name} in {homes[name]} and {file.name}",
-                    expected="each in one",
+                    expected="each tensor in one file",
                     fix="download the model again into an empty folder, or save it anew",
                 )
             headers[name], homes[name] = header, file.name
@@ -177,7 +180,7 @@ def _of_file(file: Path, where: str) -> dict[str, TensorHeader]:
             return {name: TensorHeader(tuple(one.get_shape()), one.get_dtype()) for name, one in slices.items()}
     except (SafetensorError, OSError) as error:
         raise InputError(
-            "the file is no whole safetensors file",
+            "the file is not a complete safetensors file",
             where=where,
             found=_fault(file) or f"{file.name}: {first_line(error)}",
             fix="download that file again",
@@ -185,7 +188,7 @@ def _of_file(file: Path, where: str) -> dict[str, TensorHeader]:
 
 
 def _fault(file: Path) -> str | None:
-    """What is wrong with a file that cannot be opened, if its length or its beginning tell."""
+    """Return what is wrong with a file that cannot be opened, if its length or its first bytes show it."""
     size = file.stat().st_size
     with file.open("rb") as opened:
         length = int.from_bytes(opened.read(8), "little")
@@ -212,7 +215,7 @@ def _no_weights(folder: Path, where: str) -> InputError:
         return InputError(
             "files of weights are missing",
             where=where,
-            found=f"{_some(gone)}, linked to what is gone",
+            found=f"{_some(gone)}, links to files that no longer exist",
             expected="files",
             fix="download the model again",
         )
@@ -220,7 +223,7 @@ def _no_weights(folder: Path, where: str) -> InputError:
 
 
 def no_weights(names: list[str], where: str) -> InputError:
-    """What is said of a model that has only these files, none of them weights as transformers saves them."""
+    """Return the error for a model that has only the files `names`, none of which is a safetensors file to load."""
     fix: str | None
     if "adapter_config.json" in names:
         found, fix = "an adapter of PEFT without its model", "merge it into its model (merge_and_unload) and save that"
@@ -237,10 +240,10 @@ def no_weights(names: list[str], where: str) -> InputError:
 
 
 def no_config(names: list[str], where: str) -> InputError:
-    """What is said of a model that has only these files, and no config.json among them."""
+    """Return the error for a model that has only the files `names`, without a config.json."""
     told = no_weights(names, where)
     return InputError(
-        "no model lies there",
+        "there is no model",
         where=where,
         found=f"no config.json, and {told.found}",
         expected="a Hugging Face folder with config.json",
@@ -254,7 +257,7 @@ def _of_hub(path: str) -> dict[str, TensorHeader]:
     except NotASafetensorsRepoError:
         raise no_weights(HfApi().list_repo_files(path), path) from None
     except SafetensorsParsingError as error:
-        raise InputError("the file is no whole safetensors file", where=path, found=first_line(error)) from None
+        raise InputError("the file is not a complete safetensors file", where=path, found=first_line(error)) from None
     except (OSError, HfHubHTTPError) as error:
         require_reached(path, error)
         raise not_there("no model can be found", path, error, WHOLE_NAME) from None

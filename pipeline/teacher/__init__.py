@@ -1,1 +1,1 @@
-"""The teacher: a given model that is checked, or a small one trained on text that the student never sees."""
+"""The teacher stage: it checks or adapts a given model, or trains a small one on text that the student never sees."""

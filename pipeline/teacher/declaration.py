@@ -1,4 +1,4 @@
-"""What the rest of the pipeline knows of the teacher stage."""
+"""The declaration of the teacher stage, which is all that the rest of the pipeline knows about it."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""The teacher stage: check a given model, adapt it, or train a small one; a training is with cross-entropy alone.
+"""The teacher stage: check a given model, adapt it, or train a small one. All training uses cross-entropy alone.
 
-Of a model that is served elsewhere, its configuration and tokenizer are checked where they are here, and no weight.
+For a model that is served elsewhere, only configuration and tokenizer are checked, if they are on this machine.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ from capgap.schemas.run_optimization import OptimizationSettings
 
 
 def run(context: StageContext) -> StageResult:
-    """Write the folder `model`, or the facts of the model that was given.
+    """Train or adapt a teacher and write the folder `model`, or check a given model and return its facts.
 
     Raises:
-        InputError, MismatchError: as `check_given_model`; or the corpus keeps no text for the teacher.
+        InputError, MismatchError: as `check_given_model`, or the corpus keeps no text for the teacher.
         MachineError: as `fit`.
     """
     settings = context.run.teacher

@@ -1,4 +1,4 @@
-"""On how much text a finished teacher was trained: what it cost, and what the published laws ask of it."""
+"""The number of tokens that a finished teacher was trained on, for its cost and for the published laws."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ from capgap.schemas.manifest import Manifest
 
 
 def training_tokens(teacher: Manifest) -> int | None:
-    """Tokens that a teacher was trained on from fresh weights.
+    """Return the number of tokens that a teacher was trained on from fresh weights.
 
-    None where that is not known: of a given teacher, and of an adapted one, whose totals count the adaptation alone.
+    It is None for a given teacher, where it is not known, and for an adapted one, whose totals count only the
+    adaptation.
     """
     settings, tokens = teacher.settings.get("teacher"), teacher.totals.get("num_tokens")
     is_adapted = isinstance(settings, dict) and settings.get("adapt") is not None

@@ -1,7 +1,7 @@
-"""Rows of embedding and head for a vocabulary that extends the model's own.
+"""Add rows to a model's embedding and head for a vocabulary that extends the model's own.
 
-A new piece's row is the mean of the rows of the pieces that the old tokenizer spells it with, in the embedding and in
-the head alike. A row that no token has, padding, is the mean of all old rows: its logit is then an ordinary one.
+The row of a new piece is the mean of the rows of the pieces that the old tokenizer spells it with, in the embedding and
+in the head alike. A padding row, which belongs to no token, is the mean of all old rows, so its logit is ordinary.
 
 Legend: V rows, H hidden.
 """
@@ -21,16 +21,16 @@ def extend_vocabulary(
     new: PreTrainedTokenizerBase,
     pad_to_multiple_of: int | None = None,
 ) -> int:
-    """Give the model rows for every entry of `new`, in place; rows of old entries stay as they are, to the bit.
+    """Give the model a row for every entry of `new`, in place. The rows of old entries stay bit-identical.
 
     Args:
-        model: of `old`, whose every entry `new` has at the same id.
-        old: its tokenizer.
-        new: an extension of that.
-        pad_to_multiple_of: of the number of rows.
+        model: the model, whose vocabulary is that of `old`.
+        old: the model's tokenizer.
+        new: tokenizer that has every entry of `old` at the same id, and further entries.
+        pad_to_multiple_of: number that the number of rows is rounded up to a multiple of; None for no rounding.
 
     Returns:
-        How many entries are new.
+        The number of new entries.
     """
     num_old, num_new = (tokenizer_facts(tokenizer).vocab_size for tokenizer in (old, new))
     spellings = _spellings(old, new)
@@ -60,7 +60,7 @@ def _fill(rows_VH: Tensor, spellings: dict[int, list[int]], num_old: int) -> Non
 
 
 def _spellings(old: PreTrainedTokenizerBase, new: PreTrainedTokenizerBase) -> dict[int, list[int]]:
-    """For each new entry, by id, the old entries that it is spelt with."""
+    """Return the ids of the old entries that spell each new entry, by the id of the new entry."""
     known = old.get_vocab()
     added = {token.content for token in new.added_tokens_decoder.values()}
     found = {}
@@ -68,7 +68,7 @@ def _spellings(old: PreTrainedTokenizerBase, new: PreTrainedTokenizerBase) -> di
         if entry in known:
             continue
         if entry in added or not hasattr(old, "backend_tokenizer"):
-            # as it stands in text, which pieces do not where bytes or blanks have letters of their own
+            # the entry as text: a piece may write bytes or spaces with other characters
             text = entry if entry in added else new.convert_tokens_to_string([entry])
             ids = old(text, add_special_tokens=False, verbose=False)["input_ids"]
         else:

@@ -86,7 +86,7 @@ def test_every_document_begins_with_what_the_tokenizer_puts_before_a_text(typed:
         ({"unk_token": END}, "unk_token is '<|endoftext|>', not None"),
         (
             {"pad_token": "[PAD]", "more": ("[PAD]",)},
-            "1 special tokens more than the corpus has, which no text",
+            "1 special tokens more than the corpus has, which occur in no text",
         ),
     ],
 )

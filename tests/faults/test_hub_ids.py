@@ -63,7 +63,7 @@ def typed(online: Zygote, tmp_path: Path, base_model: Path) -> Typed:
         ("org/lacks", "the weights are not those of the model that config.json describes; found 1 missing: model.norm"),
         ("org/pickled", "no weights as safetensors; found only pytorch_model.bin"),
         ("org/gguf", "no config.json, and only model-Q4_K_M.gguf"),
-        ("org/gated", "an id whose owner grants access one by one"),
+        ("org/gated", "a gated model that you have no access to"),
         ("org/none", "no such folder, and no model of that id that you may read; found Repository not found"),
     ],
 )

@@ -74,7 +74,9 @@ def test_a_model_with_broken_weights_is_named(tmp_path: Path) -> None:
     model.lm_head.weight.data.fill_(torch.nan)
     model.save_pretrained(tmp_path)
     broken = TransformersGenerator(str(tmp_path), [], "cpu", "auto")
-    with pytest.raises(InputError, match=rf"{tmp_path}: what it answers cannot be sampled; found logits that are not"):
+    with pytest.raises(
+        InputError, match=rf"{tmp_path}: the model's answers cannot be sampled; found logits that are not"
+    ):
         broken.generate([prompt(10, 1.0)])
 
 

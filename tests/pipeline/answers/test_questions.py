@@ -91,7 +91,7 @@ def test_a_line_that_is_no_question_is_named(tmp_path: Path, line: object, said:
 
 
 def test_two_questions_of_one_id_no_question_and_no_file_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"questions.jsonl:2: two questions have one question_id; found 1"):
+    with pytest.raises(InputError, match=r"questions.jsonl:2: two questions have the same question_id; found 1"):
         read_questions(write(tmp_path, GOOD, GOOD))
     with pytest.raises(InputError, match="holds no question"):
         read_questions(write(tmp_path, "\n"))

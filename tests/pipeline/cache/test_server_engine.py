@@ -131,10 +131,10 @@ def _as_text(choice: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (_cut, "found rows of 48 tokens, expected those of the 49"),
-        (_cut_and_said, "found rows of 48 tokens, expected those of the 49 that were sent"),
+        (_cut, "found rows of 48 tokens, expected rows of the 49 tokens"),
+        (_cut_and_said, "found rows of 48 tokens, expected rows of the 49 tokens that were sent"),
         (_other_prompt, "found rows of other tokens"),
-        (_shifted, "rows with their token, expected all; the first without it is row"),
+        (_shifted, "rows contain their token, expected all of them; the first row that does not is row"),
         (_without, "answers without prompt_logprobs; found a choice of finish_reason, index"),
         (_from_a_cache, "found tokens without logprobs"),
         (_fewer, f"ids for a token, expected the top {TOP_K} and the token itself"),
@@ -163,7 +163,7 @@ def test_answers_that_were_mixed_up_are_told_apart(engine, server, requests_of) 
         return kept[0]
 
     server.change = mixed
-    with pytest.raises(InputError, match="rows with their token"):
+    with pytest.raises(InputError, match="rows contain their token"):
         engine(num_parallel=1).score(requests_of(2))
 
 
@@ -199,8 +199,8 @@ def _other_model(answer: Any, body: Any, number: int) -> Any:
     [
         (_busy, MachineError, "the teacher's server's rate limit is reached.*lower cache.server.num_parallel"),
         (_wrong_key, SettingError, r"does not take the key.*\[key\].*put another into OPENAI_API_KEY"),
-        (_too_long, InputError, "refuses what it is asked.*maximum context length.*--max-model-len 50"),
-        (_other_model, MismatchError, "another model answers.*found another, expected tiny-teacher"),
+        (_too_long, InputError, "refuses the request.*maximum context length.*--max-model-len 50"),
+        (_other_model, MismatchError, "comes from another model.*found another, expected tiny-teacher"),
     ],
 )
 def test_what_a_server_refuses_is_said_with_the_fix(
@@ -252,7 +252,7 @@ def test_nobody_at_the_address_is_one_line(engine) -> None:
 
 def test_ids_that_no_token_has_are_refused(engine, requests_of) -> None:
     cut = [Request(one.tokens_L1 % 200) for one in requests_of(3)]
-    with pytest.raises(InputError, match=r"no token has; found 2.., expected 0 to 199"):
+    with pytest.raises(InputError, match=r"outside the vocabulary; found 2.., expected 0 to 199"):
         engine(vocab_size=200).score(cut)
 
 

@@ -192,7 +192,7 @@ def test_a_conversation_is_cut_at_whole_turns(name: str) -> None:
 @pytest.mark.parametrize(
     ("template", "message"),
     [
-        (None, "there is no one chat template; found no chat template"),
+        (None, "there is no single chat template; found no chat template"),
         ("{% for m in messages %}{{ m.role }}: {{ m.content }}{{ eos_token }}{% endfor %}", "cannot say which tokens"),
         (CHATML.replace("<|im_end|>", ""), "the answers of the chat template have no end"),
         (MARKED.replace("<|im_end|>{% endgen", "{% endgen"), "have no end, or none that is learnt; .* within the mar"),

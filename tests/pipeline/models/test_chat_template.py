@@ -141,8 +141,8 @@ def test_of_several_templates_the_default_one_is_taken_or_the_lack_of_it_is_said
         ("{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}", "cannot be read; found maximum recursion"),
         ("{% for a in [1] %}" * 40 + "{% endfor %}" * 40, "cannot be read; found too many statically nested"),
         ("{{ x | nothing }}", "cannot be read; found No filter named"),
-        (None, "there is no one chat template; found no chat template"),
-        ({"default": "x"}, "there is no one chat template; found several"),
+        (None, "there is no single chat template; found no chat template"),
+        ({"default": "x"}, "there is no single chat template; found several"),
     ],
 )
 def test_what_is_no_template_is_refused(template: Any, message: str) -> None:
@@ -192,7 +192,7 @@ def test_marks_whose_place_in_the_text_is_not_known_are_refused_and_the_text_its
     template = ChatTemplate(_tokenizer(IN_A_LOOP.replace("BEFORE", before).replace("AFTER", after)), "it")
     talk = [*MESSAGES[1:2], {"role": "assistant", "content": "7, and 7."}]
     assert template.render(talk, [], "x").startswith("[user] 3 + 4?")
-    said = r"it: the chat template marks answers within a macro, .* '7, and 7\.!' should stand"
+    said = r"it: the chat template marks answers within a macro, .* in the place of '7, and 7\.!'"
     with pytest.raises(InputError, match=said) as caught:
         template.render_marked(talk, [], "x")
     assert not isinstance(caught.value, BadRecordError), "it is no fault of the record"

@@ -132,7 +132,8 @@ def test_a_model_that_ends_its_texts_otherwise_is_taken_and_the_corpus_decides(c
     with caplog.at_level("INFO", "capgap"):
         _, facts = check_given_model(_given(tmp_path, other), corpus, "student.path")
     assert facts.tokenizer.fingerprint == tokenizer_facts(corpus_tokenizer(corpus)).fingerprint
-    assert "whose names count: eos_token is 'a', not '<|endoftext|>'; pad_token is 'b', not None" in caplog.text
+    said = "whose special tokens are used: eos_token is 'a', not '<|endoftext|>'; pad_token is 'b', not None"
+    assert said in caplog.text
 
 
 def test_a_vocabulary_smaller_than_the_tokenizers_is_refused(corpus, tokenizer, tmp_path) -> None:

@@ -257,7 +257,7 @@ def test_a_download_that_broke_off_is_named_with_both_lengths(tmp_path: Path, sh
 def test_what_lies_in_the_place_of_weights_is_named(tmp_path: Path, content: bytes, said: str) -> None:
     (_saved(tmp_path) / "model.safetensors").write_bytes(content)
     refused = _refused(tmp_path)
-    assert "the file is no whole safetensors file" in refused and said in refused
+    assert "the file is not a complete safetensors file" in refused and said in refused
 
 
 def test_more_bytes_than_the_header_says_are_refused(tmp_path: Path) -> None:

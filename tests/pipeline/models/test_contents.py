@@ -106,7 +106,7 @@ def test_an_index_that_names_no_file_of_the_folder_is_an_error_of_input(model: P
 @pytest.mark.parametrize("text", DEEP)
 def test_brackets_without_end_are_an_error_of_input_in_index_and_header(model: Path, text: str) -> None:
     (model / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text.encode())
-    with pytest.raises(InputError, match="no whole safetensors file"):
+    with pytest.raises(InputError, match="not a complete safetensors file"):
         _check(model)
     (model / "model.safetensors").unlink()
     (model / "model.safetensors.index.json").write_text(text)

@@ -133,7 +133,7 @@ def test_the_name_of_a_chat_template_leads_to_no_other_folder(corpus: StageInput
     path = tmp_path / "teacher" / "tokenizer_config.json"
     templates = [{"name": "default", "template": "x"}, {"name": "../../x", "template": "y"}]
     path.write_text(json.dumps(json.loads(path.read_text()) | {"chat_template": templates}))
-    with pytest.raises(InputError, match=r"the name of a chat template is no file's name; found '\.\./\.\./x'"):
+    with pytest.raises(InputError, match=r"the name of a chat template is not a valid file name; found '\.\./\.\./x'"):
         write_tokenizer(corpus, str(tmp_path / "teacher"), tmp_path / "cache")
 
 

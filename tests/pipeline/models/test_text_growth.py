@@ -43,7 +43,7 @@ def _sequence(*steps: dict[str, Any]) -> dict[str, Any]:
 @pytest.mark.parametrize("name", ["normalizer", "decoder"])
 def test_what_explodes_is_refused_by_name(part: dict[str, Any], name: str) -> None:
     with pytest.raises(
-        InputError, match=rf"it: the {name} of the tokenizer makes too much of a text; found up to .* ch"
+        InputError, match=rf"it: the {name} of the tokenizer can make a text too long; found up to .* ch"
     ):
         require_bounded({name: part}, "it")
 

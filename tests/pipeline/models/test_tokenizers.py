@@ -90,7 +90,7 @@ def test_a_special_token_that_is_only_called_otherwise_is_said_and_no_error(
 ) -> None:
     with caplog.at_level("INFO", "capgap"):
         require_same_tokenizer(words(), "the corpus", words(**special), "student.path: there")
-    assert f"student.path: there: the ids are those of the corpus, whose names count: {said}" in caplog.text
+    assert f"student.path: there: the ids are those of the corpus, whose special tokens are used: {said}" in caplog.text
     assert tokenizer_facts(words()).fingerprint == tokenizer_facts(words(**special)).fingerprint
 
 
@@ -109,7 +109,7 @@ def test_added_tokens_count(words: Words) -> None:
 
 
 def test_a_tokenizer_without_an_end_token_is_refused(words: Words) -> None:
-    with pytest.raises(InputError, match=r"the tokenizer has no end-of-sequence token; expected one.*set eos_token in"):
+    with pytest.raises(InputError, match=r"the tokenizer has no end-of-sequence token; expected an.*set eos_token in"):
         tokenizer_facts(words(eos_token=None))
 
 
@@ -237,7 +237,7 @@ def test_a_class_that_changes_ids_is_said(byte_level: Path, tmp_path: Path, capl
 
 def test_a_byte_level_tokenizer_that_loses_text_is_refused(byte_level: Path, tmp_path: Path) -> None:
     folder = _with(byte_level, tmp_path / "lost", lambda content: content.update(pre_tokenizer={"type": "Whitespace"}))
-    with pytest.raises(InputError, match="a byte-level tokenizer does not give a text back; found 'Hello"):
+    with pytest.raises(InputError, match="a byte-level tokenizer does not decode ids to their text; found 'Hello"):
         load_tokenizer(folder)
 
 

@@ -225,7 +225,7 @@ def test_bad_conversations_are_named_and_what_was_made_is_kept(
         ),
         (
             {"chat_template": "own"},
-            "the tokenizer's own chat template: there is no one chat template; found no chat temp",
+            "the tokenizer's own chat template: there is no single chat template; found no chat temp",
         ),
         (
             {"max_len": 65},
