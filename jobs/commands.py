@@ -1,4 +1,4 @@
-"""One function per command: its flags, what it calls, what it prints."""
+"""The commands `run` and `verify`, and the command of each stage: their flags, and the functions that run them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from capgap.schemas.run_file import RunFile
 
 
 def run_command(argv: Sequence[str]) -> int:
-    """`capgap run`: walk the stage graph, then show the report's table."""
+    """Run `capgap run`: make the stages of a run file current, then show the report's table."""
     started = time.monotonic()
     run, flags, given = parse_run(run_parser(), argv)
     command = LastCommand.of(given, ("capgap", "run", *argv))
@@ -50,22 +50,22 @@ def run_command(argv: Sequence[str]) -> int:
 
 
 def run_parser() -> Parser:
-    """The parser of `capgap run`."""
+    """Return the parser of `capgap run`."""
     parser = run_file_parser("capgap run", "Make every stage of a run file current.")
     parser.add_argument(
         "--only",
         metavar="STAGE",
         action="append",
         default=[],
-        help="Just this stage, as train or train/distilled/seed-0; several with commas, or the flag again.",
+        help="Make only this stage, e.g. train or train/distilled/seed-0. For several, use commas or repeat the flag.",
     )
-    parser.add_argument("--from", metavar="STAGE", dest="from_stage", help="This stage and what follows from it.")
+    parser.add_argument("--from", metavar="STAGE", dest="from_stage", help="Make this stage and all that depend on it.")
     _add_walk_flags(parser)
     return parser
 
 
 def remade(flags: dict[str, Any]) -> frozenset[str]:
-    """What `--remake` names; an empty text where it is given and names nothing."""
+    """Return the names that `--remake` gives, or one empty text if it is given without a name."""
     return frozenset(_names(flags["remake"]) or ([""] if flags["remake"] else []))
 
 
@@ -74,10 +74,10 @@ def _names(given: Sequence[str]) -> list[str]:
 
 
 def _is_remade(instance: Instance, flags: dict[str, Any]) -> bool:
-    """Whether the one instance of a command is to be made again.
+    """Return whether `--force` or `--remake` asks to make the command's only instance again.
 
     Raises:
-        SettingError: `--remake` names something else.
+        SettingError: `--remake` names another instance.
     """
     names = remade(flags)
     require_named(names, [instance])
@@ -85,7 +85,7 @@ def _is_remade(instance: Instance, flags: dict[str, Any]) -> bool:
 
 
 def stage_command(stage: str) -> Callable[[Sequence[str]], int]:
-    """`capgap corpus`, `capgap cache` and so on: one stage, in this process where it is one instance."""
+    """Return the command of a stage, such as `capgap cache`. A single instance is made in this process."""
 
     def command(argv: Sequence[str]) -> int:
         run, flags, given = parse_run(stage_parser(stage), argv)
@@ -110,17 +110,17 @@ def stage_command(stage: str) -> Callable[[Sequence[str]], int]:
 
 
 def stage_parser(stage: str) -> Parser:
-    """The parser of a stage's own command."""
+    """Return the parser of a stage's own command."""
     declared = stage_named(stage)
     parser = run_file_parser(f"capgap {stage}", f"{declared.help.capitalize()}: one stage.", (declared.section,))
-    parser.add_argument("--instance", default=stage, help="Just this one, for example train/distilled/seed-0.")
+    parser.add_argument("--instance", default=stage, help="Make only this instance, e.g. train/distilled/seed-0.")
     _add_walk_flags(parser)
     if declared.is_sliced:
         parser.add_argument(
             "--slice",
             type=str,
             default=None,
-            help="Only units i, i + n, i + 2n, ... (i/n, counted from 0), or whichever no other process has (any).",
+            help="Share of the units to make: i/n for units i, i + n, i + 2n and so on (from 0), or any for free ones.",
         )
     return parser
 
@@ -142,7 +142,7 @@ def _make_slice(run: RunFile, instance: Instance, flags: dict[str, Any]) -> None
 
 
 def verify_command(argv: Sequence[str]) -> int:
-    """`capgap verify`: every file and shard of every finished stage below the folders; caches, by their teacher too."""
+    """Run `capgap verify`: check all files of finished stages below the folders; with --rescore, score caches again."""
     flags = parse(verify_parser(), list(argv))
     fraction = flags["rescore"]
     if fraction is None and flags["teacher"] is not None:
@@ -179,36 +179,36 @@ def verify_command(argv: Sequence[str]) -> int:
 
 
 def verify_parser() -> Parser:
-    """The parser of `capgap verify`."""
+    """Return the parser of `capgap verify`."""
     parser = Parser("capgap verify", "Check finished stages against their manifests, and caches against their teacher.")
-    parser.add_argument("folders", nargs="+", type=str, help="A run's folder, or a stage's.")
-    parser.add_argument("--quarantine", action="store_true", help="List damaged shards, so that they alone are remade.")
+    parser.add_argument("folders", nargs="+", type=str, help="Folder of a run or of a stage.")
+    parser.add_argument("--quarantine", action="store_true", help="List damaged shards, so that only they are remade.")
     parser.add_argument(
-        "--rescore", type=number, default=None, help="Share of a cache's sequences to score again; eight at least."
+        "--rescore", type=number, default=None, help="Share of a cache's sequences to score again; at least eight."
     )
     parser.add_argument(
         "--teacher",
         type=str,
         default=None,
-        help="Its folder, id or server, if not where it was.",
+        help="Folder, id or server of the teacher, if it has moved since.",
     )
     parser.add_argument("--device", type=one_of("auto", "cpu", "cuda"), default="auto", help="Where to score again.")
     engines, dtypes = one_of("vllm", "transformers"), one_of("float32", "bfloat16", "float16")
-    parser.add_argument("--engine", type=engines, default=None, help="What scores again, if not the cache's engine.")
-    parser.add_argument("--dtype", type=dtypes, default=None, help="In which dtype, if not in the cache's.")
+    parser.add_argument("--engine", type=engines, default=None, help="Engine that scores again; default the cache's.")
+    parser.add_argument("--dtype", type=dtypes, default=None, help="Dtype of that engine; default the cache's.")
     parser.add_argument("--no-wait", action="store_true", help="Stop if a stage holds the device.")
     parser.add_argument("--trust-remote-code", action="store_true", help="Run code that comes with the teacher.")
     return parser
 
 
 def _add_walk_flags(parser: Parser) -> None:
-    parser.add_argument("--force", action="store_true", help="Make them again even if they are current.")
+    parser.add_argument("--force", action="store_true", help="Make stages again even if they are current.")
     parser.add_argument(
         "--remake",
         metavar="STAGE",
         action="append",
         default=[],
-        help="Make this stage again and replace what it made; several with commas, or the flag again.",
+        help="Make this stage again and replace its result. For several, use commas or repeat the flag.",
     )
     parser.add_argument("--no-wait", action="store_true", help="Stop if another stage holds the device.")
 
@@ -218,7 +218,7 @@ def _walk(run: RunFile, chosen: Sequence[Instance], flags: dict[str, Any], comma
     from capgap.pipeline.stage.ranks import ranks_in_environment
     from capgap.pipeline.workflow.driver import walk
 
-    # of the processes that torchrun starts, each walks, and one speaks
+    # every process that torchrun starts walks the stages, but only the first one prints
     ranks = ranks_in_environment()
     silent = ranks is not None and not ranks.is_first
 
@@ -239,17 +239,16 @@ def _walk(run: RunFile, chosen: Sequence[Instance], flags: dict[str, Any], comma
 
 
 def where_to_look(run: RunFile) -> tuple[Path, str] | None:
-    """The most telling thing that a run has made, and the last line of the run, which says how one goes on from there.
+    """Return the result that a user should look at next, and the last line of the run, which points to it.
 
-    A report of what has been replaced since is not shown as if it were of what is there. None where nothing is there
-    yet that one would look at.
+    If the report is not current, the line says so. None if there is nothing to look at yet.
     """
     out = Path(run.out)
     page, trained, cache = out / "report" / "report.html", out / "train", out / "cache"
     if run.makes("eval") and page.is_file():
         report = RunStates(run).of("report")
         if report.state is not State.CURRENT:
-            return page, f"look next: {page} is of what was there before ({report.why}); `capgap run` makes it again"
+            return page, f"look next: {page} shows earlier results ({report.why}); `capgap run` makes it again"
         return page, f"look next: {page}, in a browser; every figure is in {out / 'eval' / 'results.json'}"
     if run.makes("train") and trained.is_dir():
         return out, f"look next: tensorboard --logdir {out}; the students are below {trained}"

@@ -1,7 +1,7 @@
-"""`capgap completion`: a script for bash or zsh that completes commands, flags, settings and names of run files.
+"""`capgap completion`: prints a script for bash or zsh that completes commands, flags, settings and run files' names.
 
-The words stand in the script, so that a key press starts no Python. After an update of capgap, make it again; in
-`~/.bashrc`, `eval "$(capgap completion bash)"` does so for each shell.
+The script contains the words, so that completing starts no Python. After an update of capgap it must be made again;
+`eval "$(capgap completion bash)"` in `~/.bashrc` does so for each new shell.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _capgap() {
     COMPREPLY+=("$reply")
   done < <(compgen -W "$words" -- "$word"; [[ -z $files ]] || compgen -f -- "$word")
   if [[ -n $files ]]; then
-    # a slash behind folders, and none of a name's signs is the shell's
+    # append a slash to folders, and quote characters that the shell would interpret
     compopt -o filenames 2>/dev/null || true
   fi
 }
@@ -71,21 +71,21 @@ compdef _capgap capgap
 
 
 def completion_command(argv: Sequence[str]) -> int:
-    """`capgap completion`: print the script."""
+    """Run `capgap completion`: print the script."""
     shell = parse(completion_parser(), argv)["shell"]
     print(script(shell), end="")
     return 0
 
 
 def completion_parser() -> Parser:
-    """The parser of `capgap completion`."""
+    """Return the parser of `capgap completion`."""
     parser = Parser("capgap completion", "Print a script that completes commands, flags and settings in a shell.")
     parser.add_argument("shell", metavar="SHELL", type=one_of("bash", "zsh"), help="bash or zsh.")
     return parser
 
 
 def script(shell: str) -> str:
-    """The script for `bash` or `zsh`."""
+    """Return the script for `bash` or `zsh`."""
     text = _BASH if shell == "bash" else _ZSH
     variable = "words" if shell == "bash" else "found"
     flags: dict[str, list[str]] = {}

@@ -1,4 +1,4 @@
-"""`capgap doctor`: what this machine has, and what that lets one do."""
+"""`capgap doctor`: shows what this machine has, and which parts of capgap can be used on it."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ EXTRAS = {
     "s3": ("s3fs", "read caches behind s3://"),
     "gs": ("gcsfs", "read caches behind gs://"),
 }
-"""For each of the package's extras the module that it brings, and what it is for."""
+"""The package's extras, each with the module that it installs and what it is for."""
 
 _PACKAGES = ("torch", "transformers", "lightning", "triton", "pyarrow")
 _QUERY = ("nvidia-smi", "--query-gpu=name,memory.total,memory.free", "--format=csv,noheader,nounits")
@@ -39,12 +39,12 @@ _QUERY_TIMEOUT_S = 60
 
 @dataclass(frozen=True)
 class Ability:
-    """Something that can be done here, or not.
+    """Something that capgap can or cannot do on this machine.
 
     Attributes:
-        what: in a few words.
-        possible: whether it can.
-        how: by what; or how to get there.
+        what: the ability, in a few words.
+        possible: whether it is there.
+        how: what provides it, or how to get it.
     """
 
     what: str
@@ -54,7 +54,7 @@ class Ability:
 
 @dataclass(frozen=True)
 class VisibleGpu:
-    """A GPU as the driver's tool shows it."""
+    """A GPU as nvidia-smi shows it; sizes are in bytes."""
 
     name: str
     memory_bytes: int
@@ -63,17 +63,18 @@ class VisibleGpu:
 
 @dataclass(frozen=True)
 class Machine:
-    """What was found.
+    """What was found on this machine.
 
     Attributes:
-        versions: of capgap, Python and packages; None where one is not installed.
-        vllm: version of vLLM, and what it was built for.
-        gpus: that the driver shows.
-        torch_sees_gpu: whether PyTorch can use one.
-        num_cpus: that this process may use.
-        cpu_has_16_bits: whether the processor has instructions for products of 16 bits.
-        memory_bytes: of the machine, and free_memory_bytes of these.
-        free_disk_bytes: where the command was started.
+        versions: versions of capgap, Python and packages; None for a package that is not installed.
+        vllm: version of vLLM, and whether it was built for a CPU or for GPUs; None if it is not installed.
+        gpus: GPUs that nvidia-smi shows.
+        torch_sees_gpu: whether PyTorch can use a GPU.
+        num_cpus: number of CPU cores that this process may use.
+        cpu_has_16_bits: whether the processor has instructions for 16-bit products, or may have them.
+        memory_bytes: main memory in bytes; None if the system does not say.
+        free_memory_bytes: free main memory in bytes; None if the system does not say.
+        free_disk_bytes: free bytes on the disk of the current folder.
     """
 
     versions: dict[str, str | None]
@@ -88,7 +89,7 @@ class Machine:
 
 
 def doctor_command(argv: Sequence[str]) -> int:
-    """`capgap doctor`: lines, or one JSON object; whatever is found, it ends with 0."""
+    """Run `capgap doctor`: print lines, or one JSON object. The exit code is 0, whatever is found."""
     flags = parse(doctor_parser(), argv)
     machine = look_around()
     found = list(abilities(machine))
@@ -105,14 +106,14 @@ def doctor_command(argv: Sequence[str]) -> int:
 
 
 def doctor_parser() -> Parser:
-    """The parser of `capgap doctor`."""
-    parser = Parser("capgap doctor", "Say what this machine has, and what that lets one do.")
-    parser.add_argument("--json", action="store_true", help="One JSON object.")
+    """Return the parser of `capgap doctor`."""
+    parser = Parser("capgap doctor", "Show what this machine has, and what capgap can do on it.")
+    parser.add_argument("--json", action="store_true", help="Print one JSON object.")
     return parser
 
 
 def look_around() -> Machine:
-    """What this machine has."""
+    """Return what this machine has."""
     gpus = _gpus()
     total, free = _memory()
     return Machine(
@@ -130,7 +131,7 @@ def look_around() -> Machine:
 
 
 def abilities(machine: Machine) -> Iterator[Ability]:
-    """What can be done with it."""
+    """Iterate over what capgap can and cannot do on a machine."""
     models = machine.versions["torch"] is not None and machine.versions["transformers"] is not None
     missing = "torch or transformers is not installed"
     gpu = f"{len(machine.gpus)} of {machine.gpus[0].name}" if machine.gpus else "no GPU was found"
@@ -205,7 +206,7 @@ def _gpus() -> tuple[VisibleGpu, ...]:
 
 
 def parse_gpus(text: str) -> Iterator[VisibleGpu]:
-    """The GPUs in the driver's table: name, memory and free memory in MiB."""
+    """Read the GPUs from nvidia-smi's table, which has name, memory and free memory in MiB."""
     for line in text.splitlines():
         parts = [part.strip() for part in line.rsplit(",", 2)]
         if len(parts) == 3 and parts[1].isdigit() and parts[2].isdigit():
@@ -213,7 +214,7 @@ def parse_gpus(text: str) -> Iterator[VisibleGpu]:
 
 
 def _torch_sees_gpu() -> bool:
-    # imported only where there is a GPU to ask about
+    # imported only if there is a GPU, because the import takes long
     try:
         import torch
     except ImportError:
@@ -222,7 +223,7 @@ def _torch_sees_gpu() -> bool:
 
 
 def _memory() -> tuple[int | None, int | None]:
-    """Bytes of main memory, and those that are free, where the system says so as Linux does."""
+    """Return the bytes of main memory, all and free, from Linux's /proc/meminfo; None on other systems."""
     try:
         lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
         return tuple(int(lines[name].split()[0]) * 1024 for name in ("MemTotal", "MemAvailable"))  # type: ignore[return-value]

@@ -1,7 +1,7 @@
-"""Which exit code a fault has, and which faults that no stage has named are the machine's.
+"""The exit codes, and the translation of Python's and other packages' exceptions into errors for the user.
 
-0 done, 1 a fault of ours, 2 the user's to mend, 3 the machine's, 4 damaged data, 5 a grid was gone through and some of
-its runs have no result, 130 interrupted, 128 + n where a stage was killed by signal n.
+0 success, 1 a bug in capgap, 2 an error that the user can correct, 3 a fault of the machine, 4 damaged data, 5 some
+runs of a grid have no result, 130 interrupted, 141 nobody reads the output, 128 + n a stage was killed by signal n.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ READER_GONE = 141
 INTERRUPTED = 130
 
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-# as a command says it: `--out` of most, `--to` of one, a folder's name of others
+# names no flag, because commands differ: `--out` for most, `--to` for one, a folder's name for others
 _ELSEWHERE = "let the command write to another folder"
 _NO_WRITING = (errno.EROFS, errno.EACCES)
 
 
 def named(error: Exception) -> CapgapError | None:
-    """The error in the user's words; None for what nobody expected."""
+    """Return the error as one that a user understands; None for an unexpected one, which is a bug."""
     if isinstance(error, CapgapError):
         return error
     # tokenizers and safetensors write files in Rust, and report a full disk as an exception of their own
@@ -62,7 +62,7 @@ def named(error: Exception) -> CapgapError | None:
 
 
 def _has_no_inode(where: str) -> bool:
-    """Whether the file system of a path, which may not exist, has a table of inodes that is full."""
+    """Return whether the file system of a path, which need not exist, has no free inode."""
     for folder in Path(where).absolute().parents:
         with contextlib.suppress(OSError):
             found = os.statvfs(folder)
@@ -71,7 +71,7 @@ def _has_no_inode(where: str) -> bool:
 
 
 def _is_of_memory(error: Exception) -> bool:
-    """torch's own class is known by its name: torch is not imported to tell an error."""
+    """Return whether memory ran out. torch's exception is recognised by its name, to avoid importing torch here."""
     by_torch = type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
     return isinstance(error, MemoryError) or by_torch
 

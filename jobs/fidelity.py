@@ -1,4 +1,4 @@
-"""`capgap fidelity`: what a cache keeps of its teacher, and which trainings it supports."""
+"""`capgap fidelity`: shows how exactly a cache stores its teacher's distributions, and which trainings it supports."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from capgap.schemas.errors import SettingError
 
 
 def fidelity_command(argv: Sequence[str]) -> int:
-    """`capgap fidelity`: tables, or JSON; nothing is written."""
+    """Run `capgap fidelity`: print tables, or JSON. No file is written."""
     flags = parse(fidelity_parser(), list(argv))
     for name in ("num_sequences", "num_shards", "num_teacher_sequences"):
         if flags[name] < 1:
@@ -45,20 +45,22 @@ def fidelity_command(argv: Sequence[str]) -> int:
 
 
 def fidelity_parser() -> Parser:
-    """The parser of `capgap fidelity`."""
+    """Return the parser of `capgap fidelity`."""
     parser = Parser(
         prog="capgap fidelity",
-        description="Say what a finished cache keeps of its teacher, and which trainings it supports.",
+        description="Show how exactly a finished cache stores its teacher's distributions, and what it can train.",
     )
-    parser.add_argument("cache", type=str, help="Folder of a finished cache stage, or its URL.")
-    parser.add_argument("--json", action="store_true", help="The figures as one JSON object.")
-    parser.add_argument("--num-sequences", type=integer, default=256, help="Of the figures; evenly spaced.")
+    parser.add_argument("cache", type=str, help="Folder or URL of a finished cache.")
+    parser.add_argument("--json", action="store_true", help="Print the figures as one JSON object.")
+    parser.add_argument("--num-sequences", type=integer, default=256, help="Evenly spaced sequences to read.")
     parser.add_argument(
-        "--num-shards", type=integer, default=8, help="To open; all, where as many sequences are wanted as there are."
+        "--num-shards", type=integer, default=8, help="Shards to open; all shards if all sequences are to be read."
     )
-    parser.add_argument("--teacher", type=str, default=None, help="Its folder or id, to ask it about some rows too.")
     parser.add_argument(
-        "--num-teacher-sequences", type=integer, default=16, help="Of the sample that it is asked about."
+        "--teacher", type=str, default=None, help="Folder or id of the teacher, to score some sequences again."
+    )
+    parser.add_argument(
+        "--num-teacher-sequences", type=integer, default=16, help="Sequences that the teacher scores again."
     )
     parser.add_argument("--device", type=one_of("auto", "cpu", "cuda"), default="auto", help="Where the teacher runs.")
     parser.add_argument("--no-wait", action="store_true", help="Stop if a stage holds the device.")

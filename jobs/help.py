@@ -1,4 +1,4 @@
-"""`--help`: a command on one screen, the settings of a section, or all of them; the words are the schemas' own."""
+"""`--help`: shows a command on one screen, the settings of a section, or all settings, in the words of the schemas."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from capgap.schemas.errors import SettingError
 _WIDTH = 100
 _COLUMN = 28
 
-# What is set most often, by section; a command shows its own section's first.
+# The settings that are set most often, by section. A command shows those of its own section first.
 COMMON: dict[str, tuple[str, ...]] = {
     "corpus": ("corpus.sources", "corpus.tokenizer", "corpus.seq_len", "corpus.context", "corpus.teacher_fraction"),
     "teacher": ("teacher.path", "teacher.model", "teacher.training", "teacher.adapt", "teacher.served"),
@@ -72,7 +72,11 @@ _NUM_COMMON = 10
 
 
 def help_text(parser: Parser, topic: str | None = None) -> str:
-    """What `--help`, `--help SECTION` and `--help all` show.
+    """Return the text of `--help`, `--help SECTION` or `--help all`.
+
+    Args:
+        parser: parser of the command.
+        topic: a section, a setting or `all`; None for the command's screen.
 
     Raises:
         SettingError: the topic is neither a section nor a setting.
@@ -94,7 +98,7 @@ def help_text(parser: Parser, topic: str | None = None) -> str:
 
 
 def common(parser: Parser) -> list[str]:
-    """Names of the settings that a command shows on its one screen."""
+    """Return the names of the settings that the command's screen shows."""
     if parser.record is None:
         return []
     names = [name for section in (*parser.sections, "") for name in COMMON[section]]
@@ -114,7 +118,7 @@ def _screen(parser: Parser) -> Iterator[str]:
     for action in parser.own_flags:
         words = " ".join([*action.option_strings, *([_value_name(action)] if action.nargs != 0 else [])])
         yield from _row(f"  {words}", action.help or "")
-    yield from _row("  --help", "This text.")
+    yield from _row("  --help", "Show this text.")
     if parser.record is None:
         return
     yield ""
@@ -150,7 +154,7 @@ def _all(record: type[Record]) -> Iterator[str]:
 
 
 def _section(setting: Setting) -> Iterator[str]:
-    """A section with all that stands below it, or one setting."""
+    """Yield the lines of a section with all its settings, or of one setting."""
     if setting.section is None:
         yield from _entry(setting)
         return
@@ -172,7 +176,7 @@ def _entry(setting: Setting) -> Iterator[str]:
 
 
 def _row(left: str, text: str) -> Sequence[str]:
-    """A name and what it is, in two columns."""
+    """Return the lines of a name and its description, in two columns."""
     lines = textwrap.wrap(text, _WIDTH - _COLUMN) or [""]
     if len(left) > _COLUMN - 2:
         return [left, *(" " * _COLUMN + line for line in lines)]

@@ -1,4 +1,4 @@
-"""`capgap init`: a run file of one's own, with a comment at each line that is to be filled in."""
+"""`capgap init`: writes a new run file, with a comment at each line that the user fills in."""
 
 from __future__ import annotations
 
@@ -13,31 +13,31 @@ from capgap.schemas.errors import InputError, SettingError
 
 _HEAD = """\
 # {about}
-# `capgap plan {file}` says what it will cost, `capgap run {file}` makes it, `capgap status {file}` how it stands.
-# `capgap run --help all` lists every setting; what is left out has its default.
+# `capgap plan {file}` estimates the cost, `capgap run {file}` makes it, and `capgap status {file}` shows the state.
+# `capgap run --help all` lists every setting. A setting that is left out has its default.
 name: {name}
-{out:<36}  # one folder for each stage
-device: auto                          # a GPU where there is one; or cpu, cuda
+{out:<36}  # this folder receives one folder for each stage
+device: auto                          # a GPU if there is one; or cpu, or cuda
 """
 
 _TEXT = """\
 corpus:
   sources: ["data/*.jsonl"]           # files, folders or globs: .jsonl .jsonl.zst .parquet .txt .md
-  text_field: text                    # the field that holds the text; `messages_field` for conversations
+  text_field: text                    # field of a record that holds the text; for conversations, `messages_field`
   tokenizer: Qwen/Qwen2.5-0.5B        # a Hugging Face id or folder; teacher and students must share it
-  seq_len: 1024                       # tokens that are learnt from in a sequence
-  teacher_fraction: 0.0               # the teacher is given: no text is kept back to train one
-  heldout_fraction: 0.01              # share of the documents that is only measured
+  seq_len: 1024                       # length of a sequence in tokens
+  teacher_fraction: 0.0               # share of the documents that trains a teacher: none, as it is given
+  heldout_fraction: 0.01              # share of the documents that no model trains on, to measure on
 """
 
 _TEACHER = """\
 teacher:
   path: Qwen/Qwen2.5-1.5B             # a Hugging Face id or folder
 cache:
-  engine: vllm                        # transformers where vLLM is not installed: slower, the same rows
-  recording: sampled                  # unbiased samples; topk for the most probable tokens, or both
-  num_samples: 50                     # samples a token
-  # max_tokens: 10_000_000            # stop after so many; all of the text where it is left out
+  engine: vllm                        # or transformers, which is slower, if vLLM is not installed
+  recording: sampled                  # unbiased samples; or topk, the most probable tokens; or both
+  num_samples: 50                     # samples stored for each token
+  # max_tokens: 10_000_000            # stop after this many tokens; left out, the whole text is scored
 """
 
 _REUSE = """\
@@ -49,18 +49,18 @@ _STUDENT = """\
 student:
   path: Qwen/Qwen2.5-0.5B             # or model: {hidden_size: 512, ...} for fresh weights, or prune: {...}
 train:
-  learning_rate: 1.0e-4               # its peak
-  batch_sequences: 32                 # sequences in a step
-  micro_batch_sequences: 4            # of these, how many at once: less memory
+  learning_rate: 1.0e-4               # peak learning rate
+  batch_sequences: 32                 # sequences in an optimizer step
+  micro_batch_sequences: 4            # sequences in a forward pass; lower it if memory runs out
   num_epochs: 1
-  precision: bf16-mixed               # 32-true on a CPU
+  precision: bf16-mixed               # on a CPU, 32-true
 """
 
 _ARMS = """\
-arms:                                 # each is `train` with its own settings, on the same sequences
+arms:                                 # variants of `train`, which all see the same sequences
   distilled: {alpha: 1.0}             # learns from the teacher alone
-  cross_entropy: {alpha: 0.0}         # learns from the text alone, to compare
-seeds: [0]                            # a student for each arm and seed
+  cross_entropy: {alpha: 0.0}         # learns from the text alone, for comparison
+seeds: [0]                            # one student is trained for each arm and seed
 """
 
 _EVAL = """\
@@ -71,13 +71,13 @@ eval:
 USES = {
     "all": ("text and a teacher in, a student and a report out", _TEXT + _TEACHER + _STUDENT + _ARMS + _EVAL),
     "shards": ("the teacher's distributions over a corpus, as shards for any number of students", _TEXT + _TEACHER),
-    "train": ("students from shards that are there; no teacher and no corpus are needed", _REUSE + _STUDENT + _EVAL),
+    "train": ("students from a finished cache; no teacher and no corpus are needed", _REUSE + _STUDENT + _EVAL),
 }
-"""What a run file can be written for: what it does, and its sections."""
+"""The uses that a run file can be written for, each with a description and its sections."""
 
 
 def init_command(argv: Sequence[str]) -> int:
-    """`capgap init`: write a run file; never over another."""
+    """Run `capgap init`: write a run file. An existing file is never overwritten."""
     flags = parse(init_parser(), argv)
     name = str(flags["name"]).removesuffix(".yaml")
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
@@ -95,20 +95,20 @@ def init_command(argv: Sequence[str]) -> int:
 
 
 def init_parser() -> Parser:
-    """The parser of `capgap init`."""
+    """Return the parser of `capgap init`."""
     parser = Parser("capgap init", "Write a commented run file into this folder.")
-    parser.add_argument("name", metavar="NAME", nargs="?", default="run", help="Name of the run and its file; run.")
+    parser.add_argument("name", metavar="NAME", nargs="?", default="run", help="Name of run and file; default run.")
     parser.add_argument(
         "--use",
         type=one_of(*USES),
         default="all",
-        help="all, from text to a report, by default; shards, to generate them; train, to train from a finished cache.",
+        help="all (default): from text to a report; shards: make a cache alone; train: train from a finished cache.",
     )
     return parser
 
 
 def run_file_text(name: str, use: str) -> str:
-    """A run file for that use."""
+    """Return the text of a run file for one of `USES`."""
     about, sections = USES[use]
     out = f"out: runs/{name}"
     return _HEAD.format(about=f"{about[0].upper()}{about[1:]}.", file=f"{name}.yaml", name=name, out=out) + sections

@@ -1,4 +1,4 @@
-"""`capgap import` and `capgap export`: what other programs keep, in and out."""
+"""`capgap import` and `capgap export`: make a cache of another program's captures, and write a cache as Parquet."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from capgap.schemas.interchange import ImportSettings
 
 
 def import_command(argv: Sequence[str]) -> int:
-    """`capgap import`: a corpus and a cache of another program's captures."""
+    """Run `capgap import`: make a corpus and a cache of another program's captures."""
     settings, flags, _ = parse_settings(import_parser(), argv, ImportSettings)
     from capgap.pipeline.interchange.importing import import_captures
 
@@ -19,12 +19,12 @@ def import_command(argv: Sequence[str]) -> int:
     folders = {"corpus": made.corpus, "teacher": made.teacher, "cache": made.cache}
     paths = {name: str(at.location) for name, at in folders.items() if at is not None}
     lines = "\n".join(f"  {name}: {path}" for name, path in paths.items())
-    log("imported", f"to train from it, put into a run file:\nreuse:\n{lines}", **paths)
+    log("imported", f"to train from it, write into a run file:\nreuse:\n{lines}", **paths)
     return 0
 
 
 def import_parser() -> Parser:
-    """The parser of `capgap import`."""
+    """Return the parser of `capgap import`."""
     parser = Parser(
         prog="capgap import",
         description="Make a corpus and a cache of captures in Parquet; docs/interchange.md says what they must hold.",
@@ -32,13 +32,13 @@ def import_parser() -> Parser:
         sections=("import",),
     )
     parser.add_argument("sources", nargs="+", type=str, help="Parquet files, folders or globs.")
-    parser.add_argument("--heldout", nargs="+", type=str, default=(), help="The same, for held-out text.")
-    parser.add_argument("--force", action="store_true", help="Make the folders anew, whatever they hold.")
+    parser.add_argument("--heldout", nargs="+", type=str, default=(), help="Files, folders or globs of held-out text.")
+    parser.add_argument("--force", action="store_true", help="Make the folders again, replacing what they hold.")
     return parser
 
 
 def export_command(argv: Sequence[str]) -> int:
-    """`capgap export`: a cache as Parquet."""
+    """Run `capgap export`: write a cache as Parquet."""
     flags = parse(export_parser(), list(argv))
     from capgap.pipeline.interchange.export import export_cache
 
@@ -46,7 +46,7 @@ def export_command(argv: Sequence[str]) -> int:
     log(
         "exported",
         f"export: {made.num_files} files, {made.num_bytes:,} bytes, in {made.folder}"
-        + (f"; {made.top_k} of them were there" if made.top_k else ""),
+        + (f"; {made.top_k} of them were finished before" if made.top_k else ""),
         folder=str(made.folder),
         num_files=made.num_files,
         top_k=made.top_k,
@@ -56,18 +56,18 @@ def export_command(argv: Sequence[str]) -> int:
 
 
 def export_parser() -> Parser:
-    """The parser of `capgap export`."""
+    """Return the parser of `capgap export`."""
     parser = Parser(
         prog="capgap export",
-        description="Write a finished cache as Parquet, one file a shard; docs/interchange.md lists the columns.",
+        description="Write a finished cache as Parquet, one file per shard; docs/interchange.md lists the columns.",
     )
     parser.add_argument("cache", type=str, help="Folder or URL of a finished cache.")
-    parser.add_argument("--to", type=str, required=True, help="Folder for the files; what is finished there is kept.")
+    parser.add_argument("--to", type=str, required=True, help="Folder for the files. Finished files are kept.")
     parser.add_argument(
         "--recording",
         type=one_of("sampled", "topk"),
         nargs="+",
         default=None,
-        help="Which of the cache's recordings; all where it is left out.",
+        help="Recordings of the cache to write. Left out, all.",
     )
     return parser

@@ -1,4 +1,4 @@
-"""`capgap law fit|report|advise`: fits, their page, and advice."""
+"""`capgap law fit`, `report` and `advise`: fit a table of runs, make the page of a fit, and give advice."""
 
 from __future__ import annotations
 
@@ -10,50 +10,55 @@ from capgap.schemas.errors import SettingError
 
 
 def fit_parser() -> Parser:
-    """The parser of `capgap law fit`."""
-    parser = _parser("fit", "Fit a table of runs, one row a run.")
-    parser.add_argument("table", type=str, help="JSON lines, as docs/law.md describes them.")
-    parser.add_argument("--out", type=str, default=None, help="Folder for law.json; the table's where it is left out.")
+    """Return the parser of `capgap law fit`."""
+    parser = _parser("fit", "Fit the laws to a table of runs, which has one row per run.")
+    parser.add_argument("table", type=str, help="Table of runs as JSON lines; docs/law.md describes them.")
+    parser.add_argument("--out", type=str, default=None, help="Folder for law.json. Left out, the table's folder.")
     parser.add_argument(
         "--size",
         type=one_of("total", "non_embedding"),
         default="total",
-        help="Parameters that count as size: all, or without embedding and head.",
+        help="Parameters that count as a model's size: all, or those without embedding and head.",
     )
     parser.add_argument(
-        "--delta", type=number, default=0.005, help="Nats/token below which two teachers count as equally good."
+        "--delta",
+        type=number,
+        default=0.005,
+        help="Difference in nats/token below which two teachers count as equally good.",
     )
     parser.add_argument(
-        "--add", nargs="+", type=str, default=[], help="Files of `capgap law submit`, whose rows join the table's."
+        "--add", nargs="+", type=str, default=[], help="Files of `capgap law submit`, whose rows are added."
     )
     parser.add_argument(
-        "--public", type=str, default=None, help="YAML of published results, on which the rules are scored too."
+        "--public", type=str, default=None, help="YAML file of published results, on which rules are scored too."
     )
     return parser
 
 
 def report_parser() -> Parser:
-    """The parser of `capgap law report`."""
-    parser = _parser("report", "Make the page of a fit.")
-    parser.add_argument("fit", type=str, help="law.json, or its folder.")
-    parser.add_argument("--out", type=str, default=None, help="Folder for law.html; the fit's where it is left out.")
+    """Return the parser of `capgap law report`."""
+    parser = _parser("report", "Make the HTML page of a fit.")
+    parser.add_argument("fit", type=str, help="Path of law.json, or of its folder.")
+    parser.add_argument("--out", type=str, default=None, help="Folder for law.html. Left out, the folder of the fit.")
     return parser
 
 
 def advise_parser() -> Parser:
-    """The parser of `capgap law advise`."""
-    parser = _parser("advise", "Which teacher suits a student, source by source.")
-    parser.add_argument("--student", type=str, required=True, help="Parameters, e.g. 3B or 350M.")
-    parser.add_argument("--tokens", type=str, required=True, help="It will be trained on, e.g. 126B.")
-    parser.add_argument("--teachers", type=str, required=True, help="Parameters of those at hand, e.g. 7B,13B,70B.")
+    """Return the parser of `capgap law advise`."""
+    parser = _parser("advise", "Say which teacher suits a student, by each published law and by a fit of your own.")
+    parser.add_argument("--student", type=str, required=True, help="Parameters of the student, e.g. 3B or 350M.")
+    parser.add_argument("--tokens", type=str, required=True, help="Tokens that the student will train on, e.g. 126B.")
+    parser.add_argument(
+        "--teachers", type=str, required=True, help="Parameters of the available teachers, e.g. 7B,13B,70B."
+    )
     parser.add_argument(
         "--teacher-tokens",
         type=str,
         default=None,
-        help="They were trained on, one for all or one each; 20 a parameter is assumed where it is left out.",
+        help="Tokens that the teachers were trained on: one number for all, or one each. Left out, 20 per parameter.",
     )
-    parser.add_argument("--fit", type=str, default=None, help="law.json of a grid of your own, or its folder.")
-    parser.add_argument("--json", action="store_true", help="Print JSON.")
+    parser.add_argument("--fit", type=str, default=None, help="Path of law.json of your own grid, or of its folder.")
+    parser.add_argument("--json", action="store_true", help="Print the advice as JSON.")
     return parser
 
 
@@ -62,7 +67,7 @@ def _parser(name: str, description: str) -> Parser:
 
 
 def fit_command(argv: Sequence[str]) -> int:
-    """`capgap law fit`."""
+    """Run `capgap law fit`: write law.json and print its summary."""
     flags = parse(fit_parser(), argv)
     from capgap.pipeline.law.fit import fit_table, write_fit
     from capgap.pipeline.law.summary import lines
@@ -80,7 +85,7 @@ def fit_command(argv: Sequence[str]) -> int:
 
 
 def report_command(argv: Sequence[str]) -> int:
-    """`capgap law report`."""
+    """Run `capgap law report`: write law.html."""
     flags = parse(report_parser(), argv)
     from capgap.pipeline.law.fit import read_fit
     from capgap.pipeline.law.page import write_page
@@ -93,7 +98,7 @@ def report_command(argv: Sequence[str]) -> int:
 
 
 def advise_command(argv: Sequence[str]) -> int:
-    """`capgap law advise`."""
+    """Run `capgap law advise`: print lines, or JSON."""
     flags = parse(advise_parser(), argv)
     from capgap.pipeline.law.advise import advise
     from capgap.pipeline.law.counts import parse_count, parse_counts

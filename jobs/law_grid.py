@@ -1,4 +1,4 @@
-"""`capgap law plan|run|table`: the grid from its file."""
+"""`capgap law plan`, `run`, `table` and `submit`: the commands that read a grid file."""
 
 from __future__ import annotations
 
@@ -18,42 +18,45 @@ from capgap.schemas.plan import Figure
 
 
 def grid_plan_parser() -> Parser:
-    """The parser of `capgap law plan`."""
-    parser = _with_speed(_grid_parser("plan", "What a grid will take, before anything is made."))
+    """Return the parser of `capgap law plan`."""
+    parser = _with_speed(_grid_parser("plan", "Estimate what a grid will take, before anything is made."))
     parser.add_argument(
         "--pilot",
         type=str,
         default=None,
-        help="Table of runs whose noise says which differences between teachers the grid will show; the grid's own "
-        "where it is left out and is there.",
+        help="Table of runs from whose noise follows which differences between teachers the grid will show. Left out, "
+        "the grid's own table, if it has one.",
     )
     parser.add_argument(
-        "--difference", type=number, default=0.005, help="Nats/token that the grid should show; the seeds are counted."
+        "--difference",
+        type=number,
+        default=0.005,
+        help="Difference in nats/token that the grid should show; the plan says how many seeds that needs.",
     )
-    parser.add_argument("--json", action="store_true", help="The plan as one JSON object.")
+    parser.add_argument("--json", action="store_true", help="Print the plan as one JSON object.")
     return parser
 
 
 def grid_run_parser() -> Parser:
-    """The parser of `capgap law run`."""
+    """Return the parser of `capgap law run`."""
     parser = _with_speed(_grid_parser("run", "Make every run of a grid current, then table, fit and page."))
     parser.add_argument("--no-wait", action="store_true", help="Stop if another run holds the device.")
     parser.add_argument(
-        "--replace", action="store_true", help="Replace finished teachers, caches and trainings of other settings."
+        "--replace", action="store_true", help="Replace finished teachers, caches and trainings that are not current."
     )
     return parser
 
 
 def grid_table_parser() -> Parser:
-    """The parser of `capgap law table`."""
-    return _grid_parser("table", "Write the table of what a grid has so far, and run nothing.")
+    """Return the parser of `capgap law table`."""
+    return _grid_parser("table", "Write the table of a grid's results so far, and run nothing.")
 
 
 def grid_submit_parser() -> Parser:
-    """The parser of `capgap law submit`."""
-    parser = _grid_parser("submit", "Write what a grid has so far into one file, for others to add.")
+    """Return the parser of `capgap law submit`."""
+    parser = _grid_parser("submit", "Write a grid's results so far into one file, which others can add to theirs.")
     parser.add_argument(
-        "--to", type=str, default=None, help="The file; submission.json in the grid's folder where it is left out."
+        "--to", type=str, default=None, help="The file to write. Left out, submission.json in the grid's folder."
     )
     return parser
 
@@ -67,7 +70,7 @@ def _with_speed(parser: Parser) -> Parser:
         "--workers",
         type=integer,
         default=None,
-        help="Processes side by side; one a core, or a GPU, where it is left out.",
+        help="Processes that work at the same time. Left out, one per core or GPU.",
     )
     parser.add_argument("--start-s", type=number, default=None, help="Seconds that a stage takes to start.")
     add_speed_flags(parser)
@@ -75,7 +78,7 @@ def _with_speed(parser: Parser) -> Parser:
 
 
 def grid_plan_command(argv: Sequence[str]) -> int:
-    """`capgap law plan`: a table, or JSON; refuses a grid beyond its limits."""
+    """Run `capgap law plan`: print a table, or JSON. A grid beyond `max_hours` or `max_disk_gb` is an error."""
     from capgap.pipeline.law.plan import require_limits
     from capgap.pipeline.law.progress import TABLE_NAME
     from capgap.pipeline.law.table import read_table
@@ -155,7 +158,7 @@ def _hours(figure: Figure) -> str:
 
 
 def grid_run_command(argv: Sequence[str]) -> int:
-    """`capgap law run`: 0, or the code of a grid that has runs without a result."""
+    """Run `capgap law run`: make all runs. Return 0, or 5 if some runs have no result."""
     grid, flags, _ = parse_settings(grid_run_parser(), argv, LawGrid)
     from capgap.jobs.cli import main
     from capgap.pipeline.law import forks
@@ -190,7 +193,7 @@ def grid_run_command(argv: Sequence[str]) -> int:
 
 
 def grid_table_command(argv: Sequence[str]) -> int:
-    """`capgap law table`."""
+    """Run `capgap law table`: write the table of the grid's results."""
     grid = parse_settings(grid_table_parser(), argv, LawGrid).settings
     from capgap.pipeline.law.run import gather
 
@@ -200,7 +203,7 @@ def grid_table_command(argv: Sequence[str]) -> int:
 
 
 def grid_submit_command(argv: Sequence[str]) -> int:
-    """`capgap law submit`."""
+    """Run `capgap law submit`: write the grid's results into one file."""
     grid, flags, _ = parse_settings(grid_submit_parser(), argv, LawGrid)
     from capgap.pipeline.law.run import gather
     from capgap.pipeline.law.shared import write_submission

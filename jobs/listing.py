@@ -1,4 +1,4 @@
-"""`capgap ls`: the run files that are shipped, or the runs in a folder."""
+"""`capgap ls`: lists the run files that are shipped, or the runs in a folder."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from capgap.schemas.errors import InputError
 from capgap.schemas.manifest import MANIFEST_NAME, WORK_NAME
 from capgap.schemas.printable import printable_name
 
-# a run lies at most so many folders below the one that is listed
+# A run is found at most this many folders below the listed one.
 _DEPTH = 3
 
 
 def ls_command(argv: Sequence[str]) -> int:
-    """`capgap ls`: a line for each."""
+    """Run `capgap ls`: print one line for each run file or run."""
     flags = parse(ls_parser(), argv)
     found = list(_shipped() if flags["folder"] is None else _runs(Path(flags["folder"])))
     if flags["json"]:
@@ -36,10 +36,10 @@ def ls_command(argv: Sequence[str]) -> int:
 
 
 def ls_parser() -> Parser:
-    """The parser of `capgap ls`."""
+    """Return the parser of `capgap ls`."""
     parser = Parser("capgap ls", "List the run files that are shipped, or the runs in a folder.")
-    parser.add_argument("folder", metavar="FOLDER", nargs="?", help="Where runs lie, for example runs.")
-    parser.add_argument("--json", action="store_true", help="One JSON list.")
+    parser.add_argument("folder", metavar="FOLDER", nargs="?", help="A folder that holds runs, for example runs.")
+    parser.add_argument("--json", action="store_true", help="Print one JSON list.")
     return parser
 
 
@@ -50,7 +50,7 @@ def _shipped() -> Iterator[dict[str, Any]]:
 
 
 def _runs(folder: Path) -> Iterator[dict[str, Any]]:
-    """The runs in a folder, by their stages' manifests; a stage that was begun is counted as unfinished."""
+    """Find the runs in a folder by the files of their stages. A stage without a manifest counts as unfinished."""
     if not folder.is_dir():
         raise InputError("no such folder", where=folder, expected="a folder with runs")
     runs: dict[Path, dict[str, str]] = {}
@@ -71,7 +71,7 @@ def _runs(folder: Path) -> Iterator[dict[str, Any]]:
 
 
 def _run_of(stage: Path, folder: Path) -> Path:
-    """The run's folder: that of `train/ARM/seed-0` lies three above it, that of `corpus` one."""
+    """Return the run's folder, which is three folders above `train/ARM/seed-0` and one above `corpus`."""
     from capgap.jobs.registry import stage_names
 
     parents = [parent for parent in (stage, *stage.parents) if parent.is_relative_to(folder)]

@@ -1,4 +1,4 @@
-"""What a command prints and logs: text for people, or one JSON object a line.
+"""Prints and logs what a command reports: text for people, or one JSON object per line.
 
 results      --> stdout    tables and lines, or JSON
 all the rest --> stderr    progress, warnings, the final error: lines, or JSON
@@ -24,20 +24,20 @@ from capgap.schemas.secrets import redacted_values
 LOG_FORMATS = ("text", "json")
 LogFormat = Literal["text", "json"]
 
-# Stages are processes of their own; they inherit it.
+# The environment variable passes the format on to the processes of the stages.
 _VARIABLE = "CAPGAP_LOG_FORMAT"
 _FLAG = "--log-format"
 
-LOG_FORMAT_HELP = f"`text`, or `json`: one object a line, on both streams. {_VARIABLE} says it too."
+LOG_FORMAT_HELP = f"`text`, or `json`: one object per line on stdout and stderr. {_VARIABLE} sets it too."
 
 
 def set_up_logs(arguments: Sequence[str]) -> None:
-    """Set format and levels of everything that is logged from here on, in this process and in those that it starts.
+    """Set format and levels of all logs from now on, in this process and in those that it starts.
 
-    A format that does not exist is left for the command's own parser to refuse.
+    An unknown format in `--log-format` is not refused here but by the command's own parser.
 
     Raises:
-        SettingError: the environment names one that does not exist, and no flag names another. Logs are text then.
+        SettingError: CAPGAP_LOG_FORMAT names an unknown format and no flag overrides it. Logs are then text.
     """
     given = os.environ.get(_VARIABLE, "")
     asked = _asked_for(arguments) or given
@@ -52,7 +52,7 @@ def set_up_logs(arguments: Sequence[str]) -> None:
     logging.getLogger("capgap").setLevel(logging.INFO)
     if log_format() == "json":
         logging.captureWarnings(True)
-        # vLLM would write lines of its own form; its errors arrive here instead
+        # keep vLLM from writing lines in its own format; its errors are logged as JSON
         os.environ.setdefault("VLLM_CONFIGURE_LOGGING", "0")
         logging.getLogger("vllm").setLevel(logging.ERROR)
     if given == asked and given not in ("", *LOG_FORMATS):
@@ -60,12 +60,12 @@ def set_up_logs(arguments: Sequence[str]) -> None:
 
 
 def log_format() -> LogFormat:
-    """`text` or `json`."""
+    """Return the format of logs: `text` or `json`."""
     return cast(LogFormat, os.environ.get(_VARIABLE, "text"))
 
 
 def log(name: str, text: str, /, **fields: Any) -> None:
-    """A result of the command, on stdout: `text` as it is, or an event of that name with its fields."""
+    """Print a result of the command on stdout: the text, or in format `json` an event `name` with its fields."""
     if log_format() == "text":
         print(fit_to_show(text), flush=True)
         return
@@ -73,7 +73,7 @@ def log(name: str, text: str, /, **fields: Any) -> None:
 
 
 def log_error(error: CapgapError) -> None:
-    """The final line of a command that the user can mend; one for each of several settings."""
+    """Write the final line of a command that failed with a known error; for several settings, one line each."""
     for one in error.problems if isinstance(error, SettingsError) else (error,):
         parts = {part: getattr(one, part) for part in ("what", "where", "found", "expected", "fix")}
         said = {part: fit_to_show(str(value)) for part, value in parts.items() if value is not None}
@@ -81,17 +81,17 @@ def log_error(error: CapgapError) -> None:
 
 
 def log_interrupted(exit_code: int) -> None:
-    """The final line of a command that was interrupted."""
+    """Write the final line of a command that was interrupted."""
     _last("capgap: interrupted; the same command goes on from here", "interrupted", {"exit_code": exit_code})
 
 
 def log_crash(error: BaseException, exit_code: int) -> None:
-    """The final lines of a command that met what it did not expect: the traceback, and whose fault it is."""
+    """Write the final lines of a command that met an unexpected exception: the traceback, and what to report."""
     trace = "".join(traceback.format_exception(error))
     if log_format() == "text":
         sys.stderr.write(fit_to_show(trace))
     _last(
-        f"capgap: {type(error).__name__} was not expected: a fault of capgap or of a package that it uses; "
+        f"capgap: {type(error).__name__} was not expected: this is a bug in capgap or in a package that it uses; "
         "please report the command, the lines above and what `capgap --version` says",
         "crashed",
         {"error": type(error).__name__, "exit_code": exit_code, "traceback": trace},
@@ -115,19 +115,19 @@ def _asked_for(arguments: Sequence[str]) -> str:
 def _line(level: str, name: str, text: str, fields: dict[str, Any]) -> str:
     now = datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
     record = {"time": now, "level": level, "stage": current_stage(), "event": name, "message": text, "fields": fields}
-    # what is no JSON is text before it is redacted
+    # turn values that JSON does not know into text first, so that redaction sees the text
     return json.dumps(redacted_values(json.loads(json.dumps(record, default=str))))
 
 
 class _Text(logging.Formatter):
-    """The message alone, as a terminal may show it."""
+    """Formats a record as its message alone, safe to show on a terminal."""
 
     def format(self, record: logging.LogRecord) -> str:
         return fit_to_show(super().format(record))
 
 
 class _Json(logging.Formatter):
-    """A record as one JSON object; what other packages log is an event `log` with the logger's name."""
+    """Formats a record as one JSON object. Records of other packages are events `log` with the logger's name."""
 
     def format(self, record: logging.LogRecord) -> str:
         fields = dict(getattr(record, "fields", {}))
@@ -139,14 +139,14 @@ class _Json(logging.Formatter):
 
 
 class _Stderr(logging.StreamHandler[TextIO]):
-    """Writes to what `sys.stderr` is at that moment: while a progress bar stands there, above the bar."""
+    """Writes to the current `sys.stderr`, which a progress bar replaces to show lines above the bar."""
 
     def __init__(self) -> None:
         logging.Handler.__init__(self)
 
     @property
     def stream(self) -> TextIO:
-        """The stream of the moment."""
+        """The current `sys.stderr`."""
         return sys.stderr
 
     @stream.setter

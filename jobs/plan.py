@@ -1,4 +1,4 @@
-"""`capgap plan`: what a run will cost, before it does."""
+"""`capgap plan`: estimates what a run will take, before anything is made."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def plan_command(argv: Sequence[str]) -> int:
-    """`capgap plan`: a table, or JSON; no stage is run, and with `--calibrate` their rates are probed first."""
+    """Run `capgap plan`: print a table, or JSON. No stage is run; `--calibrate` first measures the rates of stages."""
     from capgap.pipeline.plan import make_plan
 
     run, flags, _ = parse_run(plan_parser(), argv)
@@ -40,49 +40,49 @@ def plan_command(argv: Sequence[str]) -> int:
 
 
 def plan_parser() -> Parser:
-    """The parser of `capgap plan`."""
-    parser = run_file_parser("capgap plan", "What a run will take, before anything is made.")
-    parser.add_argument("--json", action="store_true", help="The plan as one JSON object.")
+    """Return the parser of `capgap plan`."""
+    parser = run_file_parser("capgap plan", "Estimate what a run will take, before anything is made.")
+    parser.add_argument("--json", action="store_true", help="Print the plan as one JSON object.")
     parser.add_argument(
         "--calibrate",
         action="store_true",
-        help="Probe the rates that nobody knows, for a minute; kept as calibration.json in the run's folder.",
+        help="Measure unknown rates for about a minute, and keep them as calibration.json in the run's folder.",
     )
     parser.add_argument(
         "--online-teacher-tokens-per-s",
         type=number,
         default=None,
-        help="Rate of a teacher that only scores, beside a student; the cache's rate where it is left out.",
+        help="Rate of a teacher that scores beside a student in training. Left out, the cache's rate.",
     )
     parser.add_argument(
         "--text-bytes-per-token",
         type=number,
         default=None,
-        help="Bytes of text in a token; measured on the text where it is left out.",
+        help="Bytes of text per token. Left out, it is measured on the text.",
     )
     add_speed_flags(parser)
     return parser
 
 
 def add_speed_flags(parser: Parser) -> None:
-    """Flags by which the user states how fast a stage goes; `stated_speed` reads them."""
+    """Add the flags by which the user states how fast a stage is; `stated_speed` reads them."""
     for flag, help_text in (
-        ("--teacher-tokens-per-s", "Rate at which one engine caches, if no earlier run has measured it."),
+        ("--teacher-tokens-per-s", "Rate at which one engine scores, if no earlier run has measured it."),
         ("--train-tokens-per-s", "Rate of one student's training, if no earlier run has measured it."),
-        ("--device-peak-tflops", "Peak of one device, in 10^12 operations a second; with --mfu."),
+        ("--device-peak-tflops", "Peak of one device, in 10^12 operations per second; with --mfu."),
         ("--mfu", "Share of that peak that is used; with --device-peak-tflops."),
     ):
         parser.add_argument(flag, type=number, default=None, help=help_text)
     parser.add_argument(
-        "--like", type=str, action="append", default=None, help="A finished run whose measured rates count; again."
+        "--like", type=str, action="append", default=None, help="A finished run whose rates are used; may be repeated."
     )
 
 
 def stated_speed(flags: dict[str, Any]) -> Stated:
-    """The speeds that the flags state.
+    """Return the speeds that the flags state.
 
     Raises:
-        SettingError: a rate is none, or a peak stands without its share.
+        SettingError: a rate is not a number above 0, or only one of `--device-peak-tflops` and `--mfu` is given.
         InputError: a folder of `--like` has no rates.
     """
     from capgap.pipeline.plan.rates import Stated, require_rates
@@ -107,10 +107,10 @@ def stated_speed(flags: dict[str, Any]) -> Stated:
 
 
 def positive(flags: dict[str, Any], name: str) -> float | None:
-    """A flag's value, where it is given.
+    """Return the value of a flag, None if it is not given.
 
     Raises:
-        SettingError: it is no number above 0.
+        SettingError: the value is not a finite number above 0.
     """
     value: float | None = flags[name]
     if value is not None and not 0 < value < float("inf"):
@@ -164,11 +164,11 @@ def _lines(plan: RunPlan) -> list[str]:
             if source != "none"
         ]
     lines.append(f"students of the cache in this run: {plan.num_students}")
-    lines.append("a cache costs less than a teacher that is asked beside each student:")
+    lines.append("a cache costs less than running the teacher beside each student:")
     for even in plan.break_even:
-        least = "not known from how many on" if even.num_students is None else f"from {even.num_students} students on"
+        least = "from an unknown number on" if even.num_students is None else f"from {even.num_students} students on"
         lines.append(f"  counted in {even.accounting}: {least} ({even.source})")
-    lines.append("published laws, which disagree; `capgap plan` only repeats them:")
+    lines.append("published laws, which disagree with each other; `capgap plan` only repeats them:")
     for law in plan.laws:
         lines += [f"  {law.sentence}", f"    {law.source}; measured on: {law.validity}"]
     if not plan.laws:
@@ -177,12 +177,12 @@ def _lines(plan: RunPlan) -> list[str]:
 
 
 def count_text(figure: Figure) -> str:
-    """A count, `?` where it is not known."""
+    """Return a count as text, `?` if it is not known."""
     return "?" if figure.value is None else f"{figure.value:,.0f}"
 
 
 def size_text(figure: Figure) -> str:
-    """A number of bytes as people write it, `?` where it is not known."""
+    """Return a number of bytes as text with a unit, `?` if it is not known."""
     if figure.value is None:
         return "?"
     return bytes_text(figure.value) if figure.value else "-"

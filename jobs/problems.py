@@ -1,4 +1,4 @@
-"""What pydantic finds wrong with settings, in the words of our errors, each with its line or its flag."""
+"""Turns pydantic's validation errors into capgap's errors, each with its line in the file or its flag."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from capgap.jobs.yaml_nodes import Loc, dotted
 from capgap.schemas.base import Record
 from capgap.schemas.errors import SettingError
 
-# by the beginning of the kind of problem
+# What was expected, by the beginning of pydantic's error type.
 _EXPECTED = {
     "int": "an integer",
     "float": "a number",
@@ -39,7 +39,7 @@ _BOUNDS = {
     "less_than": ("less than", "lt"),
 }
 
-# how validators of ours begin: `cache.top_k: found 5, ...`, `a + b: found ...`, `name, arms: found ...`
+# Messages of capgap's validators begin like `cache.top_k: found 5, ...`, `a + b: found ...` or `name, arms: found ...`
 _NAMED = re.compile(r"([\w.]+(?:(?: \+ |, )[\w.]+)*): (.*)", re.DOTALL)
 
 
@@ -48,12 +48,12 @@ class Origin:
     """Where settings come from.
 
     Attributes:
-        record: what they are settings of.
-        values: as they stand, with flags laid over the file.
-        path: the file; None where all are flags.
-        lines: of the file's values.
-        flags: places that flags have set, the last one first, by the place.
-        words: how the file writes true or false, by the place.
+        record: the record whose settings they are.
+        values: the values of the file, with those of flags laid over them.
+        path: path of the file; None if all settings are flags.
+        lines: line numbers of the file's values, by location.
+        flags: flags by the location that they set, the last one first.
+        words: how the file writes each true or false, by location.
     """
 
     record: type[Record]
@@ -64,7 +64,7 @@ class Origin:
     words: dict[Loc, str] = field(default_factory=dict)
 
     def place(self, loc: Loc, name: str = "") -> str:
-        """A setting with its flag, or with file and line."""
+        """Return the name of a setting with its flag, or with its file and line, for an error."""
         name = name or dotted(loc)
         given = next((flag for at, flag in self.flags.items() if loc[: len(at)] == at), None)
         if given is not None:
@@ -77,7 +77,7 @@ class Origin:
 
 
 def errors_of(error: ValidationError, origin: Origin) -> list[SettingError]:
-    """Every problem, one for each setting, in the order of the file."""
+    """Return the problems, one error for each setting, in the order of the file."""
     by_place: dict[Loc, list[ErrorDetails]] = {}
     for problem in error.errors(include_url=False):
         by_place.setdefault(_standing(problem, origin), []).append(problem)
@@ -86,7 +86,7 @@ def errors_of(error: ValidationError, origin: Origin) -> list[SettingError]:
 
 
 def not_finite(values: Any, origin: Origin, loc: Loc = ()) -> Iterator[SettingError]:
-    """No setting is infinite or no number, and no digest can be taken of one."""
+    """Yield an error for each number that is infinite or NaN, because no digest can be computed of such settings."""
     if isinstance(values, float) and not -float("inf") < values < float("inf"):
         yield SettingError("cannot be used", where=origin.place(loc), found=values, expected="a number that is finite")
     parts = (
@@ -97,7 +97,7 @@ def not_finite(values: Any, origin: Origin, loc: Loc = ()) -> Iterator[SettingEr
 
 
 def unknown_setting(loc: Loc, value: Any, origin: Origin) -> SettingError:
-    """The error for a name that is no setting."""
+    """Return the error for a name that is no setting."""
     if loc == ("config",):
         return SettingError(
             "a run file cannot name another",
@@ -110,7 +110,7 @@ def unknown_setting(loc: Loc, value: Any, origin: Origin) -> SettingError:
 
 
 def plain(value: Any) -> str:
-    """A value as YAML would show it."""
+    """Return a value as YAML writes it."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     if isinstance(value, dict):
@@ -119,7 +119,7 @@ def plain(value: Any) -> str:
 
 
 def _standing(problem: ErrorDetails, origin: Origin) -> Loc:
-    """The place without what pydantic adds: the kinds of a union that were tried, and that a name is meant."""
+    """Return the location of a problem without the parts that pydantic adds: members of a union, and `[key]`."""
     values: Any = origin.values
     loc: list[Any] = []
     for part in problem["loc"]:
@@ -155,7 +155,7 @@ def _error_of(loc: Loc, problems: list[ErrorDetails], origin: Origin) -> Setting
         return SettingError(
             "cannot be used", where=where, found=plain(first["input"]), expected=expected, fix="write it in quotes"
         )
-    # `on` is true in YAML, and not what somebody wrote
+    # show the word of the file, because YAML reads `on` as true
     written = first["input"]
     if isinstance(written, bool) and not any(loc[: len(at)] == at for at in origin.flags):
         written = origin.words.get(loc, written)
@@ -170,13 +170,13 @@ def _error_of(loc: Loc, problems: list[ErrorDetails], origin: Origin) -> Setting
 
 
 def _ours(loc: Loc, message: str, origin: Origin) -> SettingError:
-    """What a validator of ours says, which may begin with a setting of the section, or with its full name."""
+    """Return the error for a message of capgap's own validator, which may begin with a setting's short or full name."""
     named = _NAMED.fullmatch(message)
     if named is None:
         return SettingError(message, where=origin.place(loc))
     parts = re.split(r" \+ |, ", named[1])
     if dotted(loc[: parts[0].count(".") + 1]) == parts[0] and len(parts) == 1:
-        # `budgets: found ...` of budgets.short
+        # the message names an outer section of the location, as `budgets: found ...` does for budgets.short
         return SettingError(named[2], where=origin.place(loc))
     inside = loc if find(origin.record, (*loc, *parts[0].split("."))) is not None else ()
     if find(origin.record, (*inside, *parts[0].split("."))) is None:
@@ -184,7 +184,7 @@ def _ours(loc: Loc, message: str, origin: Origin) -> SettingError:
     prefix = f"{dotted(inside)}." if inside else ""
     separator = " + " if " + " in named[1] else ", "
     names = separator.join(prefix + part for part in parts)
-    # the place of the one that a flag has set, if there is such a one
+    # if a flag has set one of the settings, name that one
     locs = [(*inside, *part.split(".")) for part in parts]
     at = next((one for one in locs if one in origin.flags), locs[0])
     return SettingError(named[2], where=origin.place(at, names))
@@ -213,7 +213,7 @@ def _missing(loc: Loc, origin: Origin) -> SettingError:
 
 
 def _expected(problem: ErrorDetails) -> str:
-    """What should stand there."""
+    """Return the expected kind of value, in words."""
     kind, context = problem["type"], problem.get("ctx", {})
     if kind in _BOUNDS:
         words, name = _BOUNDS[kind]

@@ -1,4 +1,4 @@
-"""A stage's process ends with the driver that started it, even if the driver is killed."""
+"""Ends a stage's process with the driver that started it, even if the driver is killed."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from capgap.pipeline.stage.orphans import die_with
 
 
 def die_with_driver() -> None:
-    """On Linux, ask the kernel to kill this process when the driver named in the environment dies, or torchrun."""
+    """On Linux, ask the kernel to kill this process when its driver dies (CAPGAP_DRIVER_PID), or torchrun does."""
     driver = os.environ.pop("CAPGAP_DRIVER_PID", None)
     if driver is not None:
         die_with(int(driver))

@@ -1,4 +1,4 @@
-"""Settings from their file and from flags, in one pass.
+"""Reads settings from their file and from flags, and checks them in one pass.
 
 file --yaml_nodes--> values with lines --flags laid over--> one validation --> the record
                                                                  |
@@ -24,23 +24,23 @@ from capgap.schemas.errors import InputError, SettingError, SettingsError
 _R = TypeVar("_R", bound=Record)
 
 Given = tuple[str, str | None]
-"""A setting that a flag gives: its dotted name, and its value in YAML; no value where none followed."""
+"""A setting given as a flag: its dotted name, and its value in YAML or None if no value followed."""
 
-# The user's own loggers, which a flag has named, for the processes of the stages that this one starts.
+# Environment variable with the classes of loggers that a flag has named, read by the processes of the stages.
 _TRUSTED = "CAPGAP_LOGGER_CLASSES"
 
 
 def read_settings(record: type[_R], file: str | Path | None, given: Sequence[Given] = ()) -> _R:
-    """A file of settings by name, with those that were given as flags laid over it; later flags win.
+    """Read settings from a file and from flags, which override the file. Later flags override earlier ones.
 
     Args:
-        record: what they are settings of.
-        file: path of the file, or the name of a shipped one; None where all settings are flags.
-        given: the flags.
+        record: the record whose settings they are.
+        file: path of the file, or the name of a shipped one; None if all settings are flags.
+        given: the settings given as flags.
 
     Raises:
-        InputError: the file is missing or no YAML.
-        SettingError: a setting is unknown, missing, of the wrong kind, or contradicts another.
+        InputError: the file is missing or not YAML.
+        SettingError: a setting is unknown, missing, of the wrong type, or contradicts another.
     """
     path, document = read_file(record, file)
     values = document.values
@@ -70,15 +70,15 @@ def read_settings(record: type[_R], file: str | Path | None, given: Sequence[Giv
 
 
 def read_file(record: type[Record], file: str | Path | None) -> tuple[Path | None, YamlDocument]:
-    """A file of settings by name as it stands, with its lines: nothing is checked but that it holds settings alone.
+    """Read the values and lines of a file of settings, without checking them, except that it may not name a class.
 
     Args:
-        record: what they are settings of.
-        file: path of the file, or the name of a shipped one; None for none, which has no settings.
+        record: the record whose settings they are.
+        file: path of the file, or the name of a shipped one; None for no file, which gives no values.
 
     Raises:
-        InputError: the file is missing or no YAML.
-        SettingError: it names a class.
+        InputError: the file is missing or not YAML.
+        SettingError: the file names a class.
     """
     if file is None:
         return None, YamlDocument({}, {}, frozenset())
@@ -91,12 +91,12 @@ def read_file(record: type[Record], file: str | Path | None) -> tuple[Path | Non
 
 
 def together(problems: list[SettingError]) -> SettingError:
-    """Several problems as one error, a line each."""
+    """Return several problems as one error, whose message has one line for each."""
     return problems[0] if len(problems) == 1 else SettingsError(problems)
 
 
 def _require_kind(record: type[Record], values: dict[Any, Any], path: Path | None) -> None:
-    """A run file is no grid file, and the other way round."""
+    """Raise InputError if a grid file is given in place of a run file, or a run file in place of a grid file."""
     takes_grids = "teachers" in record.model_fields
     is_grid = "teachers" in values and "students" in values
     is_run = "teachers" not in values and ("teacher" in values or "student" in values)
@@ -108,7 +108,7 @@ def _require_kind(record: type[Record], values: dict[Any, Any], path: Path | Non
 
 
 def _open_section(record: type[Record], values: dict[Any, Any], loc: Loc) -> None:
-    """A name with nothing after its colon is a section with its defaults, where it is a section."""
+    """Give a section its defaults if its name in the file has nothing after the colon."""
     setting, outer = find(record, loc), values
     if setting is None or any(isinstance(part, int) for part in loc):
         return
@@ -133,7 +133,7 @@ def _value_of(setting: Setting, flag: str, text: str | None) -> Any:
 
 
 def _laid_over(values: Any, loc: Loc, value: Any) -> Any:
-    """The values with one of them set; a list, or a value of another kind, in the way is replaced."""
+    """Return the values with one of them set. A value on its path that is no mapping, such as a list, is replaced."""
     if not loc:
         return value
     here = dict(values) if isinstance(values, dict) else {}
@@ -142,7 +142,10 @@ def _laid_over(values: Any, loc: Loc, value: Any) -> Any:
 
 
 def _trust_loggers(value: Any, loc: Loc) -> None:
-    """Loggers that the user names by a flag, which no stranger writes, may be of any class in stages too."""
+    """Allow the processes of stages to import loggers of any class that a flag names.
+
+    The user typed the flag, whereas a run file may come from somebody else and may not name any class.
+    """
     if isinstance(value, dict):
         for name, one in value.items():
             _trust_loggers(one, (*loc, name))
@@ -157,7 +160,7 @@ def _trusted() -> list[str]:
 
 
 def _is_logger(item: object) -> bool:
-    """A logger by its name, or one of Lightning's; any other class can be named by a flag alone."""
+    """Return whether a run file may name this logger: by a short name, one of Lightning's, or one that a flag named."""
     if not isinstance(item, dict) or not item.keys() <= {"class_path", "init_args"}:
         return False
     name = item.get("class_path")
@@ -167,7 +170,7 @@ def _is_logger(item: object) -> bool:
 
 
 def _require_no_class(origin: Origin, value: object, loc: Loc) -> None:
-    """A file from a stranger imports nothing."""
+    """Raise SettingError if the file names a class to import, because a run file may be untrusted."""
     if isinstance(value, list):
         for number, item in enumerate(value):
             is_logger = loc[-1:] == ("loggers",) and isinstance(item, dict) and _is_logger(item)

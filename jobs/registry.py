@@ -1,4 +1,4 @@
-"""The commands by name: where each is, and its line in `capgap --help`. None is imported before it is asked for."""
+"""The commands by name: the module of each, and its line in `capgap --help`. A module is imported when it is needed."""
 
 from __future__ import annotations
 
@@ -20,10 +20,11 @@ class Command:
     """One command.
 
     Attributes:
-        name: as it is typed, for example `law plan`.
-        help: what it does, in a line.
-        module: where it is, below capgap.jobs.
-        function: the function that runs it; its parser is made by `<function less _command>_parser`.
+        name: the words typed after `capgap`, for example `law plan`.
+        help: what the command does, in one line.
+        module: name of its module in capgap.jobs.
+        function: name of the function that runs it. Its parser is made by the function whose name ends in `_parser` in
+            place of `_command`.
     """
 
     name: str
@@ -32,13 +33,13 @@ class Command:
     function: str
 
     def run(self, argv: Sequence[str]) -> int:
-        """Run it with its arguments, and return the exit code."""
+        """Run the command with its arguments, and return the exit code."""
         module = import_module(f"capgap.jobs.{self.module}")
         run: Run = module.stage_command(self.name) if self.is_stage else getattr(module, self.function)
         return run(argv)
 
     def parser(self) -> Parser:
-        """What reads its arguments."""
+        """Return the parser of its arguments."""
         module = import_module(f"capgap.jobs.{self.module}")
         make = getattr(module, self.function.removesuffix("_command") + "_parser")
         parser: Parser = make(self.name) if self.is_stage else make()
@@ -46,34 +47,45 @@ class Command:
 
     @property
     def is_stage(self) -> bool:
-        """Whether it makes one stage of a run file."""
+        """Whether the command makes one stage of a run file."""
         return self.function == "stage_command"
 
 
 def stage_names() -> tuple[str, ...]:
-    """Names of the stages, in order."""
+    """Return the names of the stages, in order."""
     return tuple(stage.name for stage in declared())
 
 
 _OTHERS = (
     Command("run", "make every stage of a run file current; --only STAGE, --from STAGE", "commands", "run_command"),
-    Command("status", "whether every stage is current, and why not; --watch, --json", "status", "status_command"),
-    Command("plan", "tokens, disk and device hours of a run, before it is made", "plan", "plan_command"),
+    Command("status", "say whether every stage is current, and why not; --watch, --json", "status", "status_command"),
+    Command("plan", "estimate tokens, disk and device hours of a run before it is made", "plan", "plan_command"),
     Command("init", "write a commented run file here", "init", "init_command"),
-    Command("ls", "the run files that are shipped, or the runs in a folder", "listing", "ls_command"),
-    Command("doctor", "what this machine has, and what that lets one do", "doctor", "doctor_command"),
+    Command("ls", "list the run files that are shipped, or the runs in a folder", "listing", "ls_command"),
+    Command("doctor", "show what this machine has, and what capgap can do on it", "doctor", "doctor_command"),
     Command("verify", "check files and shards against their digests; --rescore", "commands", "verify_command"),
-    Command("fidelity", "what a cache keeps of its teacher", "fidelity", "fidelity_command"),
-    Command("import", "another program's captures, in Parquet, into a cache", "interchange", "import_command"),
-    Command("export", "a cache into Parquet, for other programs", "interchange", "export_command"),
-    Command("law plan", "what a grid of teachers, students and seeds will take", "law_grid", "grid_plan_command"),
+    Command(
+        "fidelity", "measure how exactly a cache stores its teacher's distributions", "fidelity", "fidelity_command"
+    ),
+    Command("import", "make a cache of another program's captures in Parquet", "interchange", "import_command"),
+    Command("export", "write a cache as Parquet, for other programs", "interchange", "export_command"),
+    Command(
+        "law plan", "estimate what a grid of teachers, students and seeds will take", "law_grid", "grid_plan_command"
+    ),
     Command("law run", "make every run of a grid, then table, fit and page", "law_grid", "grid_run_command"),
-    Command("law table", "the table of what a grid has so far", "law_grid", "grid_table_command"),
-    Command("law submit", "what a grid has so far in one file, for others to add", "law_grid", "grid_submit_command"),
-    Command("law fit", "which teacher is best for each student of a table of runs", "law", "fit_command"),
-    Command("law report", "a page of a fit: curves, verdicts, frontiers", "law", "report_command"),
-    Command("law advise", "which teacher for a student that was not trained yet", "law", "advise_command"),
-    Command("completion", "a script that completes these words in bash or zsh", "completion", "completion_command"),
+    Command("law table", "write the table of a grid's results so far", "law_grid", "grid_table_command"),
+    Command(
+        "law submit",
+        "write a grid's results so far into one file, for others to add",
+        "law_grid",
+        "grid_submit_command",
+    ),
+    Command("law fit", "find the best teacher for each student of a table of runs", "law", "fit_command"),
+    Command("law report", "make the HTML page of a fit: curves, verdicts, frontiers", "law", "report_command"),
+    Command("law advise", "say which teacher suits a student that is not trained yet", "law", "advise_command"),
+    Command(
+        "completion", "print a script that completes capgap's words in bash or zsh", "completion", "completion_command"
+    ),
 )
 
 COMMANDS: dict[str, Command] = {
@@ -84,12 +96,12 @@ COMMANDS: dict[str, Command] = {
 
 
 def first_words() -> list[str]:
-    """What may stand after `capgap`."""
+    """Return the words that may follow `capgap`, without repetitions."""
     return list(dict.fromkeys(name.split()[0] for name in COMMANDS))
 
 
 def overview(prefix: str = "") -> str:
-    """The text of `capgap --help`, or of `capgap law --help`."""
+    """Return the text of `capgap --help`, or of `capgap law --help` for the prefix `law `."""
     chosen = [command for command in COMMANDS.values() if command.name.startswith(prefix)]
     lines = [
         f"usage: capgap {f'{prefix}COMMAND' if prefix else 'COMMAND'} [RUN.yaml or a shipped name] [--flag ...]",

@@ -1,4 +1,4 @@
-"""The settings of a record as a tree of dotted names: what each is, what it takes, and what is said of it."""
+"""The settings of a record as a tree of dotted names: type, default and description of each."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ _BOUNDS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
 
 @dataclass(frozen=True)
 class Setting:
-    """One setting, or a section of them.
+    """One setting, or a section of settings.
 
     Attributes:
-        loc: its place.
-        annotation: what it takes.
-        info: how the record declares it; None for what the user names, as an arm.
+        loc: location of the setting.
+        annotation: its type.
+        info: its declaration in the record; None for an entry that the user names, such as an arm.
     """
 
     loc: Loc
@@ -36,12 +36,12 @@ class Setting:
 
     @property
     def name(self) -> str:
-        """As people write it."""
+        """The dotted name of the setting."""
         return dotted(self.loc)
 
     @property
     def section(self) -> type[Record] | None:
-        """The record whose settings stand below it, if it is a section."""
+        """The record whose settings the section holds; None if this is no section."""
         marks = [*(self.info.metadata if self.info else ()), *_marks(self.annotation)]
         if (part := next((mark for mark in marks if isinstance(mark, PartOf)), None)) is not None:
             return part.record
@@ -50,7 +50,7 @@ class Setting:
 
     @property
     def entry(self) -> Any:
-        """What stands below each name of the user's; None where no such names stand."""
+        """Type of the entries, if this is a mapping whose names the user chooses; else None."""
         if self.section is not None:
             return None
         found = next((kind for kind in options_of(self.annotation) if get_origin(kind) is dict), None)
@@ -58,12 +58,12 @@ class Setting:
 
     @property
     def takes_text(self) -> bool:
-        """Whether it is text, so that nothing is read into what a flag gives."""
+        """Whether the setting is text, so that a flag's value is taken literally and not read as YAML."""
         return str in options_of(self.annotation)
 
     @property
     def kind(self) -> str:
-        """What it takes, in plain words."""
+        """The type and bounds of the setting, in plain words."""
         bounds = [
             f"{words} {getattr(mark, key):.10g}"
             for mark in (self.info.metadata if self.info else ())
@@ -75,12 +75,12 @@ class Setting:
 
     @property
     def is_needed(self) -> bool:
-        """Whether it has no default."""
+        """Whether the setting has no default and must be given."""
         return self.info is not None and self.info.is_required()
 
     @property
     def default(self) -> str:
-        """As a run file would say it; empty where nothing is to be said."""
+        """The default as a run file would write it; empty if there is none to show."""
         if self.info is None or self.info.default is PydanticUndefined or self.info.default is None:
             return ""
         value = list(self.info.default) if isinstance(self.info.default, tuple) else self.info.default
@@ -91,18 +91,18 @@ class Setting:
 
     @property
     def sentences(self) -> str:
-        """What is said of it."""
+        """The description of the setting, in one line."""
         return " ".join(((self.info.description if self.info else None) or "").split())
 
 
 def children(record: type[Record], loc: Loc = ()) -> Iterator[Setting]:
-    """The settings of a record."""
+    """Iterate over the settings of a record."""
     for name, info in record.model_fields.items():
         yield Setting((*loc, name), info.annotation, info)
 
 
 def all_settings(record: type[Record], loc: Loc = ()) -> Iterator[Setting]:
-    """The settings of a record and of its sections, sections before what stands in them."""
+    """Iterate over the settings of a record and of its sections; a section comes before its settings."""
     for setting in children(record, loc):
         yield setting
         if setting.section is not None:
@@ -110,7 +110,7 @@ def all_settings(record: type[Record], loc: Loc = ()) -> Iterator[Setting]:
 
 
 def find(record: type[Record], loc: Loc) -> Setting | None:
-    """The setting at a place; None where there is none."""
+    """Return the setting at a location; None if there is none."""
     found = Setting((), record)
     for number, part in enumerate(loc):
         here, section, entry = loc[: number + 1], found.section, found.entry
@@ -129,7 +129,7 @@ def find(record: type[Record], loc: Loc) -> Setting | None:
 
 
 def locate(record: type[Record], name: str, values: Any) -> Loc:
-    """The place that a dotted name means: names of the user's may hold dots, where the values have such a one."""
+    """Return the location of a dotted name. Names in `values` that the user chose may contain dots themselves."""
     loc: Loc = ()
     rest = name
     while rest:
@@ -148,7 +148,7 @@ def _marks(annotation: Any) -> tuple[Any, ...]:
 
 
 def _words(kind: Any) -> str:
-    """A type in plain words."""
+    """Return a type in plain words."""
     origin, inner = get_origin(kind), get_args(kind)
     if origin is Literal:
         return f"one of {', '.join(map(str, inner))}" if len(inner) > 1 else str(inner[0])

@@ -1,4 +1,4 @@
-"""Run files that come with capgap, which every command takes by their names, from any folder."""
+"""The run files that come with capgap, which every command accepts by name, in any folder."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ FOLDER = Path(__file__).parent / "runs"
 
 
 def shipped_names() -> list[str]:
-    """Names of the run files and grid files that are shipped."""
+    """Return the names of the run files and grid files that are shipped."""
     return sorted(path.stem for path in FOLDER.glob("*.yaml"))
 
 
 def find_file(given: str | Path) -> Path:
-    """The file at a path or, where nothing lies there, the shipped one of that name.
+    """Return the file at a path or, if there is none, the shipped file of that name.
 
     Raises:
-        InputError: there is neither.
+        InputError: there is neither, or the path is no file.
     """
     path, name = Path(given).expanduser(), str(given).removesuffix(".yaml")
     if path.is_file():
@@ -41,6 +41,6 @@ def find_file(given: str | Path) -> Path:
 
 
 def first_comment(path: Path) -> str:
-    """The first sentence of the comment that a run file begins with."""
+    """Return the first sentence of the comment at the beginning of a run file."""
     lines = takewhile(lambda line: line.startswith("#"), path.read_text().splitlines())
     return " ".join(line.removeprefix("#").strip() for line in lines).partition(". ")[0].rstrip(".")

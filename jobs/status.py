@@ -1,4 +1,4 @@
-"""`capgap status`: how every stage stands, once or for as long as the run is at work."""
+"""`capgap status`: shows the state of every stage, once or for as long as the run works."""
 
 from __future__ import annotations
 
@@ -21,17 +21,18 @@ from capgap.schemas.printable import fit_to_show
 from capgap.schemas.run_file import RunFile
 
 _EVERY_S = 2.0
-# of a run with thousands of shards a look takes a while, and it should leave the machine to the stages
+# Largest share of the time spent on looking: in a run of thousands of shards a look takes long, and the stages need
+# the machine.
 _LOOKING_SHARE = 0.2
-# between two stages nobody is at work while the next one's packages are imported
+# Between two stages nothing works while the next stage's packages are imported; a watch ends only after this time.
 _QUIET_S = 120.0
 
 
 def status_command(argv: Sequence[str]) -> int:
-    """`capgap status`: one line per stage; with `--watch` again and again, until all is current or a stage has failed.
+    """Run `capgap status`: show one line per stage; with `--watch` again and again, until all is current or one failed.
 
     Returns:
-        0, or where a watched stage failed the code that it failed with.
+        0, or the exit code of a watched stage that failed.
     """
     run, flags = _as_last_started(argv)
     every_s = _EVERY_S if flags["every"] is None else flags["every"]
@@ -51,12 +52,12 @@ def status_command(argv: Sequence[str]) -> int:
     try:
         return _Watch(run, every_s, flags["json"]).to_the_end()
     except KeyboardInterrupt:
-        # the usual end of a watch, and nothing that could go on
+        # the usual way to end a watch, so that no message is needed
         return INTERRUPTED
 
 
 def _as_last_started(argv: Sequence[str]) -> tuple[RunFile, dict[str, Any]]:
-    """The run and the command's flags. Without settings of its own the look is at the run as it was started last."""
+    """Return the run and the command's flags. Without settings as flags, those of the last `capgap run` are used."""
     run, flags, given = parse_run(status_parser(), argv)
     last = None if LastCommand.of(given).flags else last_command(Path(run.out))
     if last is None or not last.flags:
@@ -67,18 +68,18 @@ def _as_last_started(argv: Sequence[str]) -> tuple[RunFile, dict[str, Any]]:
 
 
 def status_parser() -> Parser:
-    """The parser of `capgap status`."""
+    """Return the parser of `capgap status`."""
     parser = run_file_parser("capgap status", "Say of every stage whether it is current, and why not.")
     parser.add_argument(
-        "--watch", action="store_true", help="Go on until all is current, or a stage that was at work has failed."
+        "--watch", action="store_true", help="Keep watching until all is current, or until a working stage fails."
     )
-    parser.add_argument("--every", type=number, default=None, help="Seconds between two looks, with --watch; 2.")
-    parser.add_argument("--json", action="store_true", help="One JSON object a look.")
+    parser.add_argument("--every", type=number, default=None, help="With --watch: seconds between updates; default 2.")
+    parser.add_argument("--json", action="store_true", help="Print one JSON object for each update.")
     return parser
 
 
 def _show_once(run: RunFile, json_wanted: bool) -> None:
-    # here and below: to refuse a run file asks for no tables
+    # imported here and below, because refusing a wrong run file needs no tables
     from capgap.jobs.status_view import as_json, as_table
     from capgap.jobs.tables import print_wide
 
@@ -93,7 +94,7 @@ def _show_once(run: RunFile, json_wanted: bool) -> None:
 
 
 class _Watch:
-    """Looks at a run now and then, and knows who was at work."""
+    """Looks at a run repeatedly, and remembers which stages were at work."""
 
     def __init__(self, run: RunFile, every_s: float, json_wanted: bool) -> None:
         self._run, self._every_s, self._json = run, every_s, json_wanted
@@ -104,7 +105,7 @@ class _Watch:
         self._logged: dict[str, str] = {}
 
     def to_the_end(self) -> int:
-        """Show the run until nothing is left to watch; the exit code."""
+        """Show the run until nothing is left to watch, and return the exit code."""
         from rich.live import Live
 
         from capgap.jobs.status_view import as_table
@@ -123,7 +124,7 @@ class _Watch:
         return self._code()
 
     def _look_is_last(self) -> bool:
-        """Look, after the pause that is due; whether all is current, or nothing is at work any more that was."""
+        """Wait, look, and return whether the watch ends: all is current, a stage failed, or nothing works any more."""
         if self._looks:
             time.sleep(max(self._every_s, self._took_s / _LOOKING_SHARE))
         begun = time.monotonic()
@@ -136,11 +137,11 @@ class _Watch:
         return all(look.is_current for look in self._looks) or self._failed() is not None or self._is_quiet()
 
     def _is_quiet(self) -> bool:
-        """Whether nobody has been at work for long, after somebody was."""
+        """Return whether a stage has been at work, but none for two minutes."""
         return self._quiet_since_s is not None and time.monotonic() - self._quiet_since_s > _QUIET_S
 
     def _failed(self) -> Look | None:
-        """The last one that was at work since the watch began, and is neither at work nor finished."""
+        """Return the last stage that was at work since the watch began and ended without being finished, or None."""
         failed = [
             look
             for look in self._looks
@@ -155,7 +156,7 @@ class _Watch:
         if failed is None:
             left = next(look for look in self._looks if not look.is_current)
             raise MachineError(
-                "nobody is at work any more",
+                "no process works on the run any more",
                 where=left.name,
                 found=f"{left.state}, {left.why}",
                 expected="current",
@@ -180,5 +181,5 @@ class _Watch:
 
 
 def _killed() -> End:
-    error = MachineError("its process is gone without a word", fix="look for what killed it (memory?); run it again")
+    error = MachineError("its process ended without a message", fix="look for what killed it (memory?); run it again")
     return End(what=str(error), exit_code=error.exit_code)

@@ -1,4 +1,4 @@
-"""How the state of a run is shown: a table, lines, JSON."""
+"""Shows the state of a run as a table, as lines, or as JSON."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from capgap.schemas.heartbeat import Heartbeat
 from capgap.schemas.printable import fit_to_show
 from capgap.schemas.run_file import RunFile
 
-# a step or a shard may take as long without anything being wrong
+# A step or shard may take this long; after more time without progress the table says so.
 _QUIET_S = 60.0
 _STYLES = {"at work": "bold cyan", "current": "green", "reused": "green", "missing": "dim", "failed": "bold red"}
 
@@ -27,13 +27,13 @@ _STYLES = {"at work": "bold cyan", "current": "green", "reused": "green", "missi
 def as_table(
     run: RunFile, looks: Sequence[Look], leases: Sequence[HeldLease], height: int | None = None
 ) -> RenderableType:
-    """One row for each instance, columns only where there is something in them, and the machine's leases below.
+    """Return a table of one row per instance, without columns that would be empty, and the machine's leases below.
 
     Args:
         run: the run file.
-        looks: of its instances.
-        leases: that are held on this machine.
-        height: lines that there is room for; stages that nobody is at are counted rather than listed where it is short.
+        looks: states of the run's instances.
+        leases: leases that are held on this machine.
+        height: lines that fit on the screen. If there are too few, stages without a process are counted and not listed.
     """
     room = len(looks) if height is None else max(height - len(leases) - 3, 1)
     shown, hidden = _that_fit(looks, room)
@@ -52,7 +52,7 @@ def as_table(
             Text(state, _STYLES.get(state, "yellow")),
             Text(fit_to_show(_how_far(look) or look.why)),
         ]
-        # no cell is markup: what stands in it may be a stranger's
+        # cells are Text, so that untrusted text in them is not read as rich's markup
         table.add_row(*cells, *(Text(fit_to_show(figure)) for figure in (_figures(look) if at_work else ())))
     below = [Text(f"and {count} more: {state}", "dim") for state, count in sorted(hidden.items())]
     below += [
@@ -63,7 +63,7 @@ def as_table(
 
 
 def as_line(look: Look) -> str:
-    """The same as one line."""
+    """Return the state of an instance as one line."""
     parts = [f"{look.name}: {_state(look)}", _how_far(look) or look.why]
     if look.at_work:
         tokens, left, loss, device, _ = _figures(look)
@@ -75,7 +75,7 @@ def as_line(look: Look) -> str:
 
 
 def as_json(run: RunFile, looks: Sequence[Look], leases: Sequence[HeldLease]) -> str:
-    """The same as one JSON object on one line, whose names are stable."""
+    """Return the state of a run as one JSON object on one line, whose names are stable."""
     now = datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
     held = [{"device": one.device, "holder": one.holder, "pid": one.pid, "since": one.since} for one in leases]
     return json.dumps({"time": now, "run": run.name, "stages": [_values(look) for look in looks], "leases": held})
@@ -100,7 +100,7 @@ def _as_json(beat: Heartbeat) -> dict[str, Any]:
 
 
 def _that_fit(looks: Sequence[Look], room: int) -> tuple[list[Look], Counter[str]]:
-    """Those at work, then those that ended, then the others, as many as there is room for; and how many are left."""
+    """Return as many looks as fit, first of working and then of ended stages, and the number of others by state."""
     if len(looks) <= room:
         return list(looks), Counter()
     ranked = sorted(looks, key=lambda look: (not look.at_work, not look.gone, look.is_current))
@@ -115,7 +115,7 @@ def _state(look: Look) -> str:
 
 
 def _how_far(look: Look) -> str:
-    """How far a stage is that somebody is or was at; empty for others."""
+    """Return the progress of a stage that a process works on or worked on; empty for other stages."""
     if look.at_work:
         several = f"{look.why}, by {len(look.at_work)} processes: " if len(look.at_work) > 1 else ""
         return several + _doing(look.at_work[0])
@@ -137,7 +137,7 @@ def _doing(beat: Heartbeat) -> str:
 
 
 def _figures(look: Look) -> tuple[str, str, str, str, str]:
-    """Tokens a second, time left, loss, device, age of the last heartbeat."""
+    """Return tokens per second, time left, loss, device and age of the last heartbeat, as texts."""
     devices = sorted({f"{beat.device} of {beat.machine}" for beat in look.at_work if beat.device})
     return (
         f"{look.tokens_per_s:,.0f}" if look.tokens_per_s is not None else "",

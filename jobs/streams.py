@@ -1,4 +1,4 @@
-"""stdout and stderr of a command: whoever writes to them in this process, no credential leaves."""
+"""Removes credentials from everything that this process writes to stdout and stderr."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from capgap.schemas.secrets import redacted
 
 @contextmanager
 def redacted_streams() -> Iterator[None]:
-    """While the block runs, all that Python code prints is redacted: tables, warnings, tracebacks, other packages."""
+    """Redact all that Python code prints in the block: tables, warnings, tracebacks, output of other packages."""
     _open_what_is_closed()
     before = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = (cast(TextIO, _Redacted(stream)) for stream in before)
@@ -24,24 +24,24 @@ def redacted_streams() -> Iterator[None]:
 
 
 def _open_what_is_closed() -> None:
-    """Let what nobody wants to read go nowhere, as where a shell was told `>&-`.
+    """Open /dev/null in place of standard streams that are closed, for example by `>&-` in a shell.
 
-    Python has no stream then; and the next file that is opened, say a shard, would get the stream's number, and
-    whatever a library prints.
+    Otherwise Python has no stream, and the next file that is opened, such as a shard, gets the stream's number and with
+    it whatever a library prints.
     """
     for number in range(3):
         try:
             os.fstat(number)
         except OSError:
-            # the lowest that is free is this one
+            # os.open returns the lowest free number, which is the closed stream's
             os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, "w"))  # noqa: PTH123, SIM115 (for as long as the process lives)
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: PTH123, SIM115 (stays open until the process ends)
 
 
 class _Redacted:
-    """A text stream that redacts each text on its way; everything else is the stream's own."""
+    """A text stream that redacts each text before writing it to another stream, and else behaves like that stream."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream

@@ -1,4 +1,4 @@
-"""Did you mean ...? By spelling, and by what other programs call it."""
+"""Suggests the setting or command that was meant, by its spelling and by the names used in other programs."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ _MOST = 3
 
 
 def settings_like(record: type[Record], loc: Loc) -> list[str]:
-    """Full names of settings that may have been meant by one that does not exist, the most probable first."""
+    """Return full names of settings that may have been meant by an unknown one, the most probable first."""
     *outer, last = (str(part).lower().replace("-", "_") for part in loc)
-    # the innermost part of the name that is no setting, for example `trian` of `trian.alpha`
+    # number of parts up to the first that is no setting, for example 1 for `trian.alpha`
     number = next(n for n in range(1, len(loc) + 1) if find(record, loc[:n]) is None)
     if number < len(loc):
         mended = [(*name.split("."), *loc[number:]) for name in settings_like(record, loc[:number])]
@@ -28,7 +28,7 @@ def settings_like(record: type[Record], loc: Loc) -> list[str]:
     meant = synonyms.SETTINGS.get(last, ())
     if near := [name for name in (last, *(one.rpartition(".")[2] for one in meant)) if name in siblings]:
         return [prefix + near[0]]
-    # the outer ones first
+    # outer settings first
     known = sorted((setting.name for setting in all_settings(record)), key=lambda name: name.count("."))
     if found := [name for name in meant if name in known]:
         return found
@@ -41,7 +41,7 @@ def settings_like(record: type[Record], loc: Loc) -> list[str]:
 
 
 def command_like(name: str, commands: Iterable[str]) -> str | None:
-    """The command that may have been meant by one that does not exist."""
+    """Return the command that may have been meant by an unknown one; None if none is similar."""
     known = list(commands)
     if (meant := synonyms.COMMANDS.get(name.lower())) is not None and meant.split()[0] in known:
         return meant
@@ -49,6 +49,6 @@ def command_like(name: str, commands: Iterable[str]) -> str | None:
 
 
 def did_you_mean(names: Iterable[str]) -> str | None:
-    """The question, or nothing where there is nothing to ask."""
+    """Return the question `did you mean ...?`, or None if there are no names."""
     found = list(names)
     return f"did you mean {' or '.join(found)}?" if found else None

@@ -1,4 +1,4 @@
-"""What people call settings and commands elsewhere, and what they are called here."""
+"""Names that settings and commands have in other programs, with their names in capgap."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ SETTINGS: dict[str, tuple[str, ...]] = {
     "warmup_steps": ("train.warmup_fraction",),
     "wd": ("train.weight_decay",),
 }
-"""Settings, by the name that they have in other programs."""
+"""capgap's settings by their names in other programs, in lower case."""
 
 COMMANDS: dict[str, str] = {
     "advise": "law advise",
@@ -131,4 +131,4 @@ COMMANDS: dict[str, str] = {
     "validate": "verify",
     "watch": "status --watch",
 }
-"""Commands, by what others call them."""
+"""capgap's commands by their names in other programs."""

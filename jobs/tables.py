@@ -1,4 +1,4 @@
-"""Tables on stdout: as wide as the terminal, in whole lines for a pipe, and no traceback where nobody reads them."""
+"""Prints tables on stdout: as wide as the terminal, or with a fixed width if stdout is a pipe or file."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ from rich.segment import Segment
 
 from capgap.schemas.printable import printable
 
-# an ellipsis would hide what a script looks for
+# wide, because a cut text could hide what a script looks for
 _WIDTH_OFF_A_TERMINAL = 200
 
 
 def print_wide(table: RenderableType) -> None:
-    """Print a table."""
+    """Print a table, as wide as the terminal, or 200 columns wide if stdout is none."""
     console = ResultConsole()
     ResultConsole(width=console.width if console.is_terminal else _WIDTH_OFF_A_TERMINAL).print(table)
 
 
 class ResultConsole(Console):
-    """rich's console: no text in a table controls the terminal, and the command decides what a gone reader means."""
+    """rich's console, but text in a table cannot control the terminal, and a broken pipe is an exception."""
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
-        """Its segments, printable but for rich's own controls."""
+        """Render like rich, with control characters in texts replaced and rich's own control segments kept."""
         for segment in super().render(renderable, options):
             yield segment if segment.control else segment._replace(text=printable(segment.text))
 
     def on_broken_pipe(self) -> NoReturn:
-        """Raise BrokenPipeError; rich would end the process with the code of a crash."""
+        """Raise BrokenPipeError, because rich would end the process with exit code 1."""
         raise BrokenPipeError

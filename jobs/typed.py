@@ -1,4 +1,4 @@
-"""What is typed after a command: no credential, for a command line is written into manifests and shown by `ps`."""
+"""Refuses credentials on the command line, because it is written into manifests and shown by `ps`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ def refuse_credentials(arguments: Sequence[str]) -> None:
     """Refuse a command line with a credential in it.
 
     Raises:
-        SettingError: there is one. The error names the flag before it, and repeats nothing.
+        SettingError: it contains one. The error names the flag and does not repeat the value.
     """
     flag = ""
     for word in arguments:
@@ -23,5 +23,5 @@ def refuse_credentials(arguments: Sequence[str]) -> None:
         except ValueError as error:
             where, _, what = str(error).partition(": ")
             raise SettingError(what, where=f"--{where}" if name else where) from None
-        # of a flag that takes several words, as of `--heldout`, each is looked at
+        # remember the flag, so that each word of a flag with several words, such as `--heldout`, is checked
         flag = name

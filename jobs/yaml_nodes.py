@@ -1,8 +1,8 @@
-"""YAML from a stranger: plain values with the line of every key, within bounds, whatever it says.
+"""Reads untrusted YAML into plain values with the line of every key, with bounds on its size.
 
-    bytes --nodes--> bounded in size, depth and what their aliases stand for --> values, and where each stands
+    bytes --nodes--> bounded in size, depth and expansion of aliases --> values, and the line of each
 
-Nothing here makes an object of a tag, and no file names another.
+No tag is turned into an object, and no file can include another.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ import yaml
 from capgap.schemas.errors import InputError, SettingError
 
 Loc = tuple[Any, ...]
-"""Where a value stands: names of settings, and positions in lists, from the outside in."""
+"""The location of a value: names of settings and positions in lists, outermost first."""
 
-# A run file that names ten thousand sources is half a megabyte of fifty thousand values; none is ten deep.
+# Real run files are far below: one with ten thousand sources has half a megabyte and 50,000 values, 10 levels deep.
 _MAX_BYTES = 4 << 20
 _MAX_VALUES = 60_000
 _MAX_DEPTH = 32
@@ -30,13 +30,13 @@ _MAP, _LIST, _MERGE = (f"tag:yaml.org,2002:{name}" for name in ("map", "seq", "m
 
 @dataclass(frozen=True)
 class YamlDocument:
-    """What a file says.
+    """The content of a YAML file.
 
     Attributes:
         values: plain values by name.
-        lines: the line of each value, counted from 1.
-        bare: where a name stands with nothing after its colon.
-        words: how true or false is written, which may be `on` or `no`.
+        lines: line number of each value, counted from 1.
+        bare: locations of names that have nothing after their colon.
+        words: how each true or false is written in the file, for example `on` or `no`.
     """
 
     values: dict[Any, Any]
@@ -46,10 +46,11 @@ class YamlDocument:
 
 
 def read_document(path: Path) -> YamlDocument:
-    """The file as settings by name.
+    """Read a file of settings by name.
 
     Raises:
-        InputError: it is no YAML in UTF-8, too large, names a setting twice, or holds tags, which stand for objects.
+        InputError: the file is not YAML in UTF-8, is too large, names a setting twice, or has tags, which would stand
+            for objects.
     """
     with path.open("rb") as file:
         data = file.read(_MAX_BYTES + 1)
@@ -96,10 +97,15 @@ def read_document(path: Path) -> YamlDocument:
 
 
 def parse_value(text: str, where: str, fix: str) -> Any:
-    """What a flag's value says in YAML.
+    """Read a flag's value as YAML.
+
+    Args:
+        text: the value.
+        where: the flag, for the error.
+        fix: what to do, for the error.
 
     Raises:
-        SettingError: it is none.
+        SettingError: the value is not YAML.
     """
     try:
         return _Builder(text).build()
@@ -113,7 +119,7 @@ def parse_value(text: str, where: str, fix: str) -> Any:
 
 
 def dotted(loc: Loc) -> str:
-    """As people write it: `train.loggers.0`."""
+    """Return a location in dotted form, such as `train.loggers.0`."""
     return ".".join(map(str, loc))
 
 
@@ -122,7 +128,7 @@ def _problem(error: yaml.MarkedYAMLError) -> str:
 
 
 def _found(error: yaml.MarkedYAMLError) -> str:
-    """Of `expected X, but found Y`, what was found."""
+    """Return Y of a problem that reads `expected X, but found Y`, or else the whole problem."""
     return re.sub(r"^expected .*, but (?:found|got) ", "", _problem(error))
 
 
@@ -131,11 +137,11 @@ def _fix(error: yaml.MarkedYAMLError) -> str | None:
 
 
 class _TooLargeError(Exception):
-    """Larger, deeper or more often repeated than any run file."""
+    """The YAML is larger or deeper than any run file, also after its aliases are expanded."""
 
 
 class _TwiceError(Exception):
-    """A name stands twice in one section."""
+    """A section has the same name twice."""
 
     def __init__(self, loc: Loc, line: int, before: int) -> None:
         self.loc, self.line, self.before = loc, line, before
@@ -143,14 +149,14 @@ class _TwiceError(Exception):
 
 
 class _Loader(yaml.SafeLoader):
-    """Composes nodes, no deeper than settings are, for deeper ones would exhaust the stack."""
+    """Composes nodes up to a bounded depth and number, because deeper ones would exhaust the stack."""
 
     def __init__(self, text: str) -> None:
         super().__init__(text)
         self._depth = self._num_nodes = 0
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
-        """As SafeLoader's, within bounds."""
+        """Compose a node like SafeLoader, but raise an error beyond the bounds."""
         self._depth += 1
         self._num_nodes += 1
         if self._depth > _MAX_DEPTH:
@@ -162,14 +168,14 @@ class _Loader(yaml.SafeLoader):
         return node
 
 
-# YAML 1.2 and everybody's habit, which PyYAML takes for text: 1e-3
+# Read 1e-3 as a number, like YAML 1.2 and as people expect; PyYAML would read it as text.
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9][0-9_]*(?:\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
 )
 
 
 class _Builder:
-    """Turns nodes into values; an alias is built wherever it stands, and counts as often."""
+    """Turns nodes into values. An alias is expanded and counted at every place where it is used."""
 
     def __init__(self, text: str) -> None:
         self._loader = _Loader(text)
@@ -214,7 +220,7 @@ class _Builder:
                 raise _TwiceError(inner, line, self.lines[inner])
             self.lines.setdefault(inner, line)
             values[name] = self._value(value, inner, above)
-        # what is merged in stands below what is said here
+        # settings written here override those that a merge key (<<) brings
         for other in merged:
             if not isinstance(other, yaml.MappingNode):
                 raise _error("a merge of something else than settings by name", other)
@@ -232,7 +238,7 @@ class _Builder:
             raise _error(f"could not determine a constructor for the tag {node.tag!r}", node)
         try:
             value = self._loader.construct_object(node)
-        except (ValueError, OverflowError) as error:  # a date or a number that is none
+        except (ValueError, OverflowError) as error:  # an invalid date or number
             raise _error(str(error), node) from None
         if value is None and not node.value and loc is not None:
             self.bare.add(loc)

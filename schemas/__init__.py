@@ -1,4 +1,4 @@
-"""What is written down: run files, manifests, records, errors.
+"""The models of everything that capgap writes down: run files, manifests, records of shards, results and errors.
 
     run file (YAML)  --run_file-->  RunFile  --stages-->  Manifest (manifest.json of every finished stage)
                                                              |

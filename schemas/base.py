@@ -1,4 +1,4 @@
-"""The base of every model that is written down, and the mark for settings that do not change results."""
+"""The base classes of all schemas, and the mark for settings that do not change results."""
 
 from __future__ import annotations
 
@@ -19,28 +19,29 @@ _SETTINGS_MODULES = ("run_", "law_grid", "interchange")
 _OPERATIONAL = "capgap_operational"
 
 OPERATIONAL: dict[str, Any] = {_OPERATIONAL: True}
-"""``Field(json_schema_extra=OPERATIONAL)`` marks a setting that decides how a stage works, not what comes out."""
+"""``Field(json_schema_extra=OPERATIONAL)`` marks a setting that changes how a stage works, but not its result."""
 
 
 class Entry(BaseModel):
-    """Frozen, and an unknown key is an error: a typing mistake is never silently a default.
+    """The base of all models: frozen, and an unknown key is an error, so that a typing mistake never means a default.
 
-    The base of what a manifest has a hundred thousand of. Every number of an entry is bounded by its own type, which
-    is checked without a step of Python's.
+    A manifest may hold a hundred thousand entries (files, shards), so an entry has no validator written in Python. The
+    type of each field bounds its numbers instead, which pydantic checks in compiled code.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, hide_input_in_errors=True)
 
 
 class Record(Entry):
-    """An entry whose values are looked at before they are taken."""
+    """An entry whose values are checked by Python code before pydantic reads them."""
 
     @model_validator(mode="before")
     @classmethod
     def _require_usable(cls, values: Any) -> Any:
-        """No number that 64 bits cannot hold, and no setting that no path can be: both would fail far from here.
+        """Refuse integers above 64 bits and, in settings, zero characters, credentials and a bool in place of a number.
 
-        No setting holds a credential: whatever is set is written into manifests. A path may begin with `~`.
+        The first two would fail later, far from the setting at fault. Credentials are refused because settings are
+        written into manifests. In a setting that begins with `~`, the home folder takes its place.
         """
         if isinstance(values, dict):
             is_setting = any(base.__module__.rpartition(".")[2].startswith(_SETTINGS_MODULES) for base in cls.__mro__)
@@ -54,17 +55,17 @@ class Record(Entry):
         return values
 
     def meant(self) -> dict[str, Any]:
-        """Settings that mean something else than what stands there, by name, as plain JSON values.
+        """Return the effective values of settings whose default depends on other settings, by name, as JSON values.
 
-        They are the ones that may be left out and whose default depends on other settings, so that a run file that
-        spells the default out decides the same as one that does not.
+        `decisive` uses them, so that a run file that writes such a default out decides the same as one that leaves the
+        setting out.
         """
         return {}
 
     def decisive(self) -> dict[str, Any]:
-        """The settings that decide the result, as plain JSON values.
+        """Return the settings that decide the result, as plain JSON values.
 
-        The rule is one for all records: every setting that is not operational, with the value that it means.
+        These are all settings that are not operational, each with its effective value (see `meant`).
         """
         dumped = self.model_dump(mode="json")
         fields = type(self).model_fields
@@ -73,7 +74,7 @@ class Record(Entry):
 
 
 def _decisive_part(value: object, dumped: object) -> object:
-    """A setting that is a record, or records by name, with its own decisive settings alone."""
+    """Return a setting's JSON value; of a record, or of a mapping of records, only the decisive settings."""
     if isinstance(value, Record):
         return value.decisive()
     if isinstance(value, dict) and isinstance(dumped, dict):
@@ -83,13 +84,13 @@ def _decisive_part(value: object, dumped: object) -> object:
 
 @dataclass(frozen=True)
 class PartOf:
-    """Marks settings by name that are some of a record's: `Annotated[dict[str, Any], PartOf(TrainSettings)]`."""
+    """Marks a mapping that holds some of a record's settings: `Annotated[dict[str, Any], PartOf(TrainSettings)]`."""
 
     record: type[Record]
 
 
 def below(error: ValidationError, *where: str | int) -> ValidationError:
-    """The same problems, of settings that stand below that place."""
+    """Return the same validation error with `where` put before the location of each problem."""
     problems = [
         InitErrorDetails(type=e["type"], loc=(*where, *e["loc"]), input=e["input"], ctx=e.get("ctx", {}))
         for e in error.errors(include_url=False)
@@ -98,7 +99,7 @@ def below(error: ValidationError, *where: str | int) -> ValidationError:
 
 
 def options_of(annotation: Any) -> tuple[Any, ...]:
-    """The types that an annotation allows: those of a union each by itself, without what `Annotated` adds."""
+    """Return the types that an annotation allows: each member of a union by itself, and without `Annotated`."""
     if get_origin(annotation) is Annotated:
         return options_of(get_args(annotation)[0])
     if get_origin(annotation) in (Union, types.UnionType):
@@ -107,9 +108,13 @@ def options_of(annotation: Any) -> tuple[Any, ...]:
 
 
 def _require_usable(name: object, value: object, is_setting: bool) -> None:
-    """Refuse a value that no field may have. Records within it check theirs; what a model wrote may hold anything."""
+    """Raise ValueError for a value that no field may have.
+
+    Nested records check their own values. Only settings are checked for the character zero: text that a model
+    generated may hold it.
+    """
     if isinstance(value, int) and value.bit_length() > _MAX_INTEGER_BITS:
-        # its digits would be thousands, which Python does not write
+        # the number itself is not shown: Python refuses to print integers of several thousand digits
         raise ValueError(f"{name}: found an integer of {value.bit_length()} bits, expected one of at most 64")
     if is_setting and isinstance(value, str) and "\0" in value:
         raise ValueError(f"{name}: found {value[:80]!a}, expected text without the character zero")
@@ -119,7 +124,7 @@ def _require_usable(name: object, value: object, is_setting: bool) -> None:
 
 
 def _is_no_number(value: object, annotation: Any) -> bool:
-    """Whether true or false stands where a number is meant, which pydantic would take for 1 or 0."""
+    """Return whether a bool is given where a number is expected; pydantic would read it as 1 or 0."""
     options = options_of(annotation)
     if isinstance(value, bool):
         words = {type(word) for one in options if get_origin(one) is Literal for word in get_args(one)}

@@ -1,8 +1,8 @@
-"""`benchmark.json`: what a benchmark stage measured of one model.
+"""`benchmark.json`: the results of one model in a benchmark stage.
 
-value    a metric of lm-eval over the examples of a task; of a group, over those of all its tasks
-stderr   standard error of that mean over the choice of examples, as lm-eval has it
-chance   what guessing among the choices gives in the mean, for accuracies of multiple choice
+value    a metric of lm-eval over the examples of a task; for a group, over the examples of all its tasks
+stderr   standard error of that mean over the choice of examples, as lm-eval computes it
+chance   expected value of guessing among the choices, for accuracies of multiple choice
 """
 
 from __future__ import annotations
@@ -18,89 +18,89 @@ class BenchmarkRow(Record):
     """One metric of one task, or of a group of tasks."""
 
     asked: str
-    """Preset or name in the run file that it belongs to."""
+    """Name in `benchmarks.tasks`, a preset or a task, that the row belongs to."""
 
     task: str
-    """Name in lm-eval."""
+    """Name of the task in lm-eval."""
 
     metric: str
-    """Name in lm-eval, for example `acc`."""
+    """Name of the metric in lm-eval, for example `acc`."""
 
     filter: str
-    """Which reading of the model's answers it is of; `none` where there is one only."""
+    """Name of lm-eval's filter, which extracts the answer from the model's text; `none` if there is only one."""
 
     value: float
-    """As lm-eval has it: a share lies between 0 and 1."""
+    """Value of the metric as lm-eval gives it: a share is between 0 and 1."""
 
     stderr: float | None
-    """None where lm-eval gives none."""
+    """Standard error of the value; None if lm-eval gives none."""
 
     chance: float | None
-    """None where it is not known."""
+    """Expected value of guessing; None if it is not known."""
 
     higher_is_better: bool | None
-    """None where the task does not say."""
+    """Whether a higher value is better; None if the task does not say."""
 
     num_fewshot: int | None
-    """Solved examples before each question; None for a group whose tasks differ."""
+    """Number of solved examples before each question; None for a group whose tasks differ."""
 
     num_samples: int
-    """Examples that were asked."""
+    """Number of examples that were asked."""
 
     num_all_samples: int
-    """Examples that the task has; more than were asked where there is a limit."""
+    """Number of examples that the task has, which `benchmarks.limit` may cut."""
 
     version: str
-    """The task's version, as its authors count."""
+    """Version of the task, as given by its authors."""
 
     main: bool
-    """It stands for what was asked: in the report, and in a preset's mean."""
+    """Whether this is the main metric of the task, which the report shows and a preset's mean uses."""
 
 
 class BenchmarkMean(Record):
-    """The mean over the tasks of a preset, each counting alike."""
+    """The mean over the tasks of a preset, with equal weights."""
 
     preset: str
-    """Name in the run file."""
+    """Name of the preset in the run file."""
 
     tasks: tuple[str, ...]
-    """Whose main metrics it is of."""
+    """Tasks whose main metrics are averaged."""
 
     value: float
-    """Mean of their values."""
+    """Mean of the values."""
 
     stderr: float | None
-    """The standard error of that mean; None where a task has none."""
+    """Standard error of that mean; None if a task has none."""
 
 
 class BenchmarkResults(Record):
-    """Everything in `benchmark.json`."""
+    """The content of `benchmark.json`."""
 
     model: str
     """Instance that made the model: `teacher`, or `train/<arm>/seed-<seed>`."""
 
     backend: Literal["hf", "vllm"]
-    """What ran it."""
+    """Library that ran the model."""
 
     dtype: str
-    """The weights' dtype while it ran."""
+    """Dtype of the weights while the model ran."""
 
     context_tokens: int
-    """Longest prompt with its answer."""
+    """Largest number of tokens of a prompt and its answer."""
 
     limit: int | None
-    """Examples of each task at most; None for all of them."""
+    """Largest number of examples of each task; None for all."""
 
     versions: dict[str, str]
-    """Versions of lm-eval, of what it reads data with, and of the backend."""
+    """Versions of lm-eval, of the libraries with which it reads data, and of the backend."""
 
     rows: tuple[BenchmarkRow, ...]
-    """In the order of the run file, the main one of each task first."""
+    """The rows in the order of the run file, the main metric of each task first."""
 
     means: tuple[BenchmarkMean, ...]
     """The mean of every preset that has several tasks."""
 
     @property
     def main(self) -> tuple[BenchmarkRow, ...]:
-        """The rows that stand for what was asked."""
+        """The rows of main metrics."""
         return tuple(row for row in self.rows if row.main)

@@ -1,4 +1,4 @@
-"""DistillKit's `compression_config.yaml`: how its captures are packed."""
+"""DistillKit's `compression_config.yaml`, which says how its captures are packed."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ FloatName = Literal["float16", "bfloat16", "float32", "float64"]
 
 
 class ResidualBin(Record):
-    """Some of a target's approximated values, quantised under one scale."""
+    """A group of residuals of a target's fitted logprobs, quantised with one scale."""
 
     scale_dtype: FloatName
     """The dtype of the scale."""
 
     element_bits: int = Field(ge=1, le=32)
-    """Bits of each value."""
+    """Bits of each residual."""
 
     num_elements: int = Field(ge=1)
-    """Values."""
+    """Number of residuals in the group."""
 
 
 class DistillKitConfig(Record):
@@ -31,31 +31,31 @@ class DistillKitConfig(Record):
     """Size of the vocabulary."""
 
     k: int = Field(ge=1, le=65535)
-    """Ids kept of a target."""
+    """Number of ids stored of a target."""
 
     exact_k: int = Field(ge=0)
-    """How many of the logprobs are stored as they are."""
+    """Number of logprobs that are stored exactly; the others are fitted."""
 
     exact_dtype: FloatName = "float32"
-    """The dtype of those."""
+    """The dtype of the exact logprobs."""
 
     polynomial_terms: tuple[int | Literal["sqrt", "exp"], ...] | None = None
-    """What the others are fitted with."""
+    """Terms of the fit to the other logprobs: powers, a square root or an exponential."""
 
     term_dtype: FloatName = "float32"
-    """The dtype of the coefficients."""
+    """The dtype of the fit's coefficients."""
 
     residual_bins: tuple[ResidualBin, ...]
-    """What the fit leaves over."""
+    """Groups of the fit's residuals."""
 
     delta_encoding: bool = True
-    """Values are differences to the one before."""
+    """Whether values are stored as differences to the value before."""
 
     error_diffusion: bool = False
-    """How they were rounded; nothing follows from it for reading."""
+    """Whether values were rounded with error diffusion, which does not matter for reading."""
 
     normalize_t: bool = False
-    """The fit's variable runs from 0 to 1."""
+    """Whether the fit's variable runs from 0 to 1."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:

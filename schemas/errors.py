@@ -1,9 +1,8 @@
-"""Every error a user can cause, as one family.
+"""The exceptions for every error that a user can cause.
 
 The command line turns a :class:`CapgapError` into one line on stderr and the class's exit code: 2 for what the user can
-mend in the run file or its inputs, 3 for the machine, 4 for damaged data. A message names what is wrong, where, what
-was found, what was expected, and what to do about it. It holds no credential and
-no control character.
+correct in the run file or its inputs, 3 for the machine, 4 for damaged data. A message says what is wrong, where, what
+was found, what was expected, and what to do about it. It contains no credential and no control character.
 """
 
 from __future__ import annotations
@@ -14,13 +13,13 @@ from capgap.schemas.printable import fit_to_show
 
 
 class CapgapError(Exception):
-    """Root of all errors that a user can cause and mend.
+    """Base class of all errors that a user can cause and correct.
 
     Args:
         what: the fault in a few words.
         where: the setting, file or record at fault, as the user knows it.
-        found: what stands there now.
-        expected: what should stand there.
+        found: the value or state that is there now.
+        expected: the value or state that should be there.
         fix: what to do, as an instruction.
     """
 
@@ -59,10 +58,10 @@ class SettingError(CapgapError):
 
 
 class SettingsError(SettingError):
-    """Several settings cannot be used; each is a line of its own.
+    """Several settings cannot be used; the message has one line for each.
 
     Args:
-        problems: one for each setting.
+        problems: one error for each setting.
     """
 
     def __init__(self, problems: Sequence[SettingError]) -> None:
@@ -78,15 +77,15 @@ class InputError(CapgapError):
 
 
 class BadRecordError(InputError):
-    """One record of a source cannot be used; the others can, and it may be left out."""
+    """One record of a source cannot be used. The other records can, so that it may be skipped."""
 
 
 class MismatchError(CapgapError):
-    """Two things that must belong together do not: tokenizers, vocabularies, a cache and its corpus."""
+    """Two inputs do not fit together, for example two tokenizers, or a cache and its corpus."""
 
 
 class CorruptError(CapgapError):
-    """Bytes on disk differ from what the manifest says of them."""
+    """Bytes on disk differ from what the manifest says about them."""
 
     exit_code = 4
 

@@ -1,4 +1,4 @@
-"""What travels in a manifest from stage to stage, so that nothing is typed twice."""
+"""Facts that stages write into their manifests and later stages read, so that users never have to repeat them."""
 
 from __future__ import annotations
 
@@ -17,54 +17,54 @@ class TokenizerFacts(Record):
     """The identity of a tokenizer."""
 
     fingerprint: str
-    """Digest of all that decides which ids a text gets: vocabulary, merges, normaliser, pre-tokenizer, added tokens,
-    and what the post-processor puts around a text. What special tokens are called is not in it."""
+    """Digest of everything that decides which ids a text gets: vocabulary, merges, normaliser, pre-tokenizer, added
+    tokens, and the tokens that the post-processor adds to a text. The roles of special tokens do not count."""
 
     vocab_size: int
-    """One more than the highest id: the real vocabulary."""
+    """One more than the highest id: the size of the real vocabulary."""
 
     eos_id: int
     """The id that ends a document."""
 
 
 class SourceCounts(Record):
-    """What a split has of one source."""
+    """How much text of one source a split holds."""
 
     num_documents: int = 0
     """Documents that begin in the split's sequences."""
 
     num_text_bytes: int = 0
-    """UTF-8 bytes of their text."""
+    """UTF-8 bytes of these documents."""
 
     num_text_tokens: int = 0
-    """Their tokens, ends included and beginnings not, before packing."""
+    """Tokens of these documents before packing, with the ids that end documents and without those that begin them."""
 
     num_labels: int = 0
-    """Those of them that count as labels."""
+    """Tokens of these documents that count as labels."""
 
 
 class SplitFacts(Record):
     """One split of the corpus."""
 
     num_documents: int
-    """Documents that begin in its sequences; what is counted of them is counted whole."""
+    """Documents that begin in the split's sequences. Each is counted whole in the numbers below."""
 
     num_text_bytes: int
-    """UTF-8 bytes of their text."""
+    """UTF-8 bytes of these documents."""
 
     num_text_tokens: int
-    """Tokens of their text, document ends included and beginnings not, before packing."""
+    """Tokens of these documents before packing, with the ids that end documents and without those that begin them."""
 
     by_source: dict[str, SourceCounts] = Field(default_factory=dict)
-    """The same by source, named as in the run file; empty for an import."""
+    """The same counts for each source, named as in the run file; empty for an import."""
 
     by_length: tuple[int, ...] = ()
-    """How many documents have a length, in tokens, with so many binary digits: entry i counts those of 2^(i-1) up to
-    2^i - 1 tokens. Enough to draw the lengths of any corpus; empty for an import."""
+    """Histogram of the documents' lengths: entry i is the number of documents of 2^(i-1) to 2^i - 1 tokens. Empty for
+    an import."""
 
 
 class TextFacts(Record):
-    """What a corpus and every cache made of it say of the text."""
+    """Facts about the text that a corpus and every cache made from it hold."""
 
     tokenizer: TokenizerFacts
     """The tokenizer in the folder `tokenizer`."""
@@ -74,137 +74,139 @@ class TextFacts(Record):
     must keep the rule under which their cache was made."""
 
     bos_ids: tuple[int, ...] = ()
-    """What every document begins with, and the rest of one that is split; never a label. Empty where nothing stands
-    there, and where conversations begin as their chat template says."""
+    """Ids with which every document, and every later part of a split document, begins; they are never labels. Empty if
+    there are none, or if the chat template decides how conversations begin."""
 
     turn_end_ids: tuple[int, ...] = ()
-    """With which of them the chat template ends an answer; empty for text, and where a template does not tell."""
+    """Ids with which the chat template ends an answer; empty for plain text, or if the template does not show them."""
 
     splits: dict[str, SplitFacts]
-    """teacher, student, heldout: of the corpus, also where a cache holds less of it."""
+    """The splits `teacher`, `student` and `heldout` of the corpus, even if a cache holds only a part of them."""
 
     text_sources: tuple[str, ...]
-    """Where the text came from, as the run file named it."""
+    """Sources of the text, as the run file names them."""
 
     whole_conversations: bool
-    """Whether the sequences are of whole conversations, packed so that none is cut."""
+    """Whether the sequences hold whole conversations, packed so that none is cut."""
 
     has_conversations: bool = False
-    """Whether records were read as conversations, whole ones or such as may be cut; false for an import."""
+    """Whether records were read as conversations, whether whole or cut; false for an import."""
 
 
 class CorpusFacts(TextFacts):
-    """What the corpus stage hands on."""
+    """The facts in the manifest of a corpus stage."""
 
 
 class ModelFacts(Record):
-    """What every stage that makes a model hands on. The model is the folder `model`."""
+    """The facts in the manifest of every stage that makes a model, which is in the folder `model`."""
 
     tokenizer: TokenizerFacts
     """The tokenizer beside the weights."""
 
     num_parameters: int
-    """All of them, tied ones once."""
+    """Number of all parameters; tied ones count once."""
 
     num_non_embedding_parameters: int
-    """Without embedding and head."""
+    """Number of parameters without embedding and head."""
 
     padded_vocab_size: int
     """Rows of the embedding; rows past the real vocabulary are padding."""
 
     max_positions: int | None
-    """Longest sequence that the model takes; None where nothing bounds it."""
+    """Length of the longest sequence that the model supports, in tokens; None if there is no limit."""
 
     path: str
     """The folder `model` of the stage, or the folder or id that was given."""
 
     served: str | None = None
-    """The name by which a server knows it, where `path` is but its configuration and tokenizer."""
+    """Name of the model at a server, if `path` holds only its configuration and tokenizer; else None."""
 
 
 class ServedFacts(Record):
-    """What the teacher stage hands on in their place where nothing but a server's name for the model is known."""
+    """The facts in the manifest of a teacher whose configuration is not known, but only its name at a server."""
 
     tokenizer: TokenizerFacts
-    """The corpus's, which the server's is held against when it is asked."""
+    """The corpus's tokenizer. It is compared with the server's when the cache is made."""
 
     served: str
-    """The name by which the server knows it."""
+    """Name of the teacher at the server."""
 
 
 class RecordingFacts(Record):
     """One recording of a cache; its shard set has the recording's name."""
 
     num_ids: int
-    """Samples a token (`sampled`) or ids kept a token (`topk`)."""
+    """Samples per token (`sampled`) or ids stored per token (`topk`)."""
 
     profile: Profile | None = None
     """How exactly `topk` logprobs are stored; None for `sampled`, whose counts are exact."""
 
     temperatures: tuple[float, ...]
-    """Temperatures at which a student can train, rising; for `sampled` the one that was sampled at."""
+    """Temperatures at which a student can train, ascending; for `sampled` only the temperature of the samples."""
 
 
 def heldout_set(recording: RecordingName) -> str:
-    """The name of a recording's shard set of held-out sequences; a cache without them has no such set."""
+    """Return the name of a recording's shard set of held-out sequences; a cache without them has no such set."""
     return f"heldout-{recording}"
 
 
 class ShardFacts(Record):
-    """What a cache that is being made knows of one finished shard: written last, after the shard's files."""
+    """Facts about one finished shard of an unfinished cache, written after the shard's files."""
 
     sha256: dict[RecordingName, str]
-    """Digests of the shard's files, by recording."""
+    """SHA-256 digests of the shard's files, by recording."""
 
     engine: str
-    """Engine and its version."""
+    """Engine that scored the shard, with its version."""
 
     dtype: str
     """The dtype of the teacher's weights and activations."""
 
     machine: str = ""
-    """The GPU, or the processor with its number of threads: where two agree, sums are taken in the same order."""
+    """The GPU, or the processor with its number of threads. Two machines with the same value add numbers in the same
+    order, so that their logprobs are equal."""
 
     num_targets: int
-    """Targets in the shard."""
+    """Number of targets in the shard."""
 
     num_labels: int
-    """Those of them whose next token counts as a label."""
+    """Number of targets whose next token counts as a label."""
 
     label_loss: float
-    """Sum over the labels of minus the teacher's logprob of them, nats."""
+    """Sum over the labels of minus the teacher's logprob, in nats."""
 
 
 class CrossCheck(Record):
-    """How far vLLM's logprobs of some labels are from transformers', beside what rounding does within transformers."""
+    """Difference between the logprobs of vLLM and of transformers for some labels, and its bound."""
 
     skipped: str | None = None
-    """Why they were not compared; None where they were. No further field has a value otherwise."""
+    """Why they were not compared, in words; the other fields then have no value. None if they were compared."""
 
     num_labels: int = 0
-    """Labels that were compared."""
+    """Number of labels that were compared."""
 
     dtype: str = ""
     """The dtype of the cache."""
 
     rms_nats: float | None = None
-    """Root mean square of the differences of vLLM in the cache's dtype from transformers in float32."""
+    """Root mean square of the difference between vLLM in the cache's dtype and transformers in float32, in nats."""
 
     own_rms_nats: float | None = None
-    """The same of transformers in the cache's dtype: rounding alone; 0 in float32."""
+    """Root mean square of the difference between transformers in the cache's dtype and in float32, in nats: the effect
+    of rounding alone, which is 0 for float32."""
 
     allowed_nats: float | None = None
-    """What `rms_nats` may be; above it eval and pruning look at another model than the cache does."""
+    """Largest `rms_nats` that rounding explains. Above it, eval and pruning use another model than the cache does."""
 
     @property
     def differs(self) -> bool:
         """Whether vLLM and transformers compute different models."""
-        # not a number differs
+        # written as "not <=", so that NaN counts as a difference
         return self.skipped is None and not (self.rms_nats or 0.0) <= (self.allowed_nats or 0.0)
 
     @property
     def sentence(self) -> str:
-        """For people."""
+        """The result of the comparison as a sentence."""
         if self.skipped is not None:
             return f"vLLM was not held against transformers: {self.skipped}"
         return (
@@ -215,105 +217,105 @@ class CrossCheck(Record):
 
 
 class AlignedFacts(Record):
-    """What `align` says of the cache that it made of another one."""
+    """Facts about an aligned cache and the original cache from which the stage `align` made it."""
 
     tokenizer: TokenizerFacts
-    """The teacher's; that of the facts around it is the student's."""
+    """The teacher's tokenizer. The `tokenizer` of the cache's own facts is the student's."""
 
     teacher: str
-    """The teacher's folder, id or name, as the other cache has it."""
+    """Folder, id or name of the teacher, as the original cache gives it."""
 
     num_teacher_tokens: int
-    """Targets that it scored for students to train on."""
+    """Number of targets of the original cache that students train on, in the teacher's tokens."""
 
     recording: RecordingName
-    """Of the other cache, which says how far borders can be trusted."""
+    """The recording of the original cache by which chunk borders were checked."""
 
     num_chunks: int
-    """Chunks of the text that students train on."""
+    """Number of chunks of the text that students train on."""
 
     num_kept_chunks: int
-    """Those of them to learn from."""
+    """Number of these chunks that students learn from."""
 
     num_unreliable_chunks: int
-    """Those that a border makes unreliable; of the others that are not kept, the teacher's logprob is not known, or a
-    sequence of the student ends within."""
+    """Number of chunks left out because a border is unreliable. Other chunks are left out because the teacher's logprob
+    is not known, or because a sequence of the student ends within them."""
 
     num_projected: int
-    """Targets that have the teacher's top-k tokens as the student's, of the text that students train on."""
+    """Number of targets students train on that also hold the teacher's top-k tokens, as tokens of the student."""
 
     projected_mass: float
-    """The teacher's probability of those tokens, summed over these targets; the rest is the tail."""
+    """The teacher's probability of those top-k tokens, summed over these targets; the rest is the tail."""
 
     heldout_nats: float
-    """Minus the teacher's logprob of the kept chunks of held-out text."""
+    """Minus the teacher's logprob of the kept chunks of held-out text, summed, in nats."""
 
     heldout_bytes: int
-    """Bytes of text in those."""
+    """Bytes of text in the kept chunks of held-out text."""
 
     def projected_sentence(self, num_tokens: int) -> str:
-        """How many of so many targets have a projected distribution, and how much of one is no tail."""
+        """Say in a sentence what share of `num_tokens` targets is projected, and how much probability these hold."""
         share, mass = self.num_projected / max(1, num_tokens), self.projected_mass / max(1, self.num_projected)
         return f"{100 * share:.1f} % of the targets have projected top-k tokens, which hold {100 * mass:.1f} % of each"
 
     @property
     def teacher_bits_per_byte(self) -> float | None:
-        """The teacher's, of the kept chunks of held-out text; None where there are none."""
+        """The teacher's bits per byte on the kept chunks of held-out text; None if there are none."""
         return self.heldout_nats / self.heldout_bytes / math.log(2) if self.heldout_bytes else None
 
 
 class CacheFacts(TextFacts):
-    """What the cache stage hands on: all that a training, its evaluation and its report need of corpus and teacher."""
+    """The facts in the manifest of a cache: all that training, eval and report need to know of corpus and teacher."""
 
     temperature: float
-    """The temperature of all logprobs that are stored: the one at which the teacher was recorded."""
+    """Temperature of all stored logprobs, at which the teacher was recorded."""
 
     recordings: dict[RecordingName, RecordingFacts]
-    """What was kept, by name."""
+    """The recordings of the cache, by name."""
 
     padded_vocab_size: int
-    """The teacher's, padding included."""
+    """Size of the teacher's vocabulary, with its padding."""
 
     num_teacher_parameters: int | None
-    """All of the teacher's, tied ones once; None where its configuration is not on this machine, as an import's may be
-    and that of a teacher of which but a server's name for it is known."""
+    """Number of all the teacher's parameters; tied ones count once. None if its configuration is not on this machine,
+    which can happen for an import or a teacher that a server runs."""
 
     served: str | None = None
-    """The name by which a server knows the teacher; None for one that no server was asked about."""
+    """Name of the teacher at the server that scored; None if no server did."""
 
     engines: tuple[str, ...]
-    """Every engine, with its version, that scored a shard, sorted."""
+    """Every engine that scored a shard, with its version, sorted."""
 
     dtypes: tuple[str, ...]
-    """Dtypes of the teacher's weights and activations, sorted; several only where shards were scored differently."""
+    """Dtypes of the teacher's weights and activations, sorted; several only if shards were scored differently."""
 
     mean_label_loss: float | None
-    """Mean over the labels that count of minus the teacher's logprob of them, nats. None where there are none, or some
-    are not known, which makes no difference to a training: an imported cache knows those of the ids that it keeps."""
+    """Mean over the labels of minus the teacher's logprob, in nats. None if there are no labels or some logprobs are
+    not known, as in an imported cache, which knows only those of stored ids. Training does not need them."""
 
     cross_check: CrossCheck | None = None
-    """vLLM held against transformers; None where it did not score the cache, where nobody wanted to know
-    (`cache.cross_check`), and of an import."""
+    """Comparison of vLLM with transformers; None if vLLM did not score the cache, if `cache.cross_check` is `never`, or
+    for an import."""
 
     aligned: AlignedFacts | None = None
-    """None for a cache in the teacher's own tokens."""
+    """Facts about the alignment; None for a cache in the teacher's own tokens."""
 
     scored: tuple[ShardFacts, ...] = ()
-    """Who scored each shard, in order: a cache that loses shards makes those again and no others. Empty if imported."""
+    """How each shard was scored, in order, so that lost shards alone can be made again. Empty for an import."""
 
 
 def teacher_facts(facts: Mapping[str, Any]) -> ModelFacts | ServedFacts:
-    """What the manifest of a teacher says of it."""
+    """Read the facts of a teacher's manifest."""
     kind = ModelFacts if "num_parameters" in facts else ServedFacts
     return kind.model_validate(facts)
 
 
 def text_facts(stage: str, facts: Mapping[str, Any]) -> TextFacts:
-    """What a finished corpus, or a cache that stands for it, says of the text.
+    """Read the facts about the text from the manifest of a corpus, or of a cache that is used in its place.
 
     Args:
-        stage: `corpus`, or `cache` for what is read as one.
-        facts: of its manifest.
+        stage: `corpus` or `cache`; `cache` also for stages whose result is read as a cache.
+        facts: the facts of the stage's manifest.
     """
     kind = CacheFacts if stage == "cache" else CorpusFacts
     return kind.model_validate(facts)

@@ -1,4 +1,4 @@
-"""The heartbeat of a stage that is at work: `work/progress.json`. No result depends on it."""
+"""The heartbeat of a running stage, `work/progress.json`, which other commands show. No result depends on it."""
 
 from __future__ import annotations
 
@@ -9,85 +9,86 @@ from capgap.schemas.base import Record
 
 
 class Count(Record):
-    """How far a stage is in what it counts now."""
+    """The progress of a stage in the units that it counts now."""
 
     title: str
-    """What is being done, for example `corpus: tokenize student`."""
+    """What the stage is doing, for example `corpus: tokenize student`."""
 
     done: int
-    """Finished units, those of earlier processes among them."""
+    """Number of finished units, including those of earlier processes."""
 
     total: int
-    """Units in all."""
+    """Number of all units."""
 
     unit: str
-    """What is counted, in the plural."""
+    """Name of the units, in the plural."""
 
     tokens_per_s: float | None = None
-    """The rate of this process, since it began to count; None where no tokens are counted."""
+    """Tokens per second of this process since it began to count; None if it counts no tokens."""
 
     eta_s: float | None = None
-    """Seconds to the last unit, at the pace of this process; None before the first one."""
+    """Seconds until the last unit is finished, at the rate of this process; None before its first unit."""
 
     note: str = ""
-    """What stands behind the progress bar."""
+    """Text that is shown behind the progress bar."""
 
 
 class Units(Record):
-    """What a stage has to do, and where its finished units are seen: `work/plan.json`."""
+    """The units of work of a stage, and how finished units are recognised: `work/plan.json`."""
 
     unit: str
-    """What is counted, in the plural."""
+    """Name of the units, in the plural."""
 
     total: manifest.Count
-    """How many there are."""
+    """Number of all units."""
 
     pattern: manifest.InnerPath
-    """Glob below `work` of the files of which there is one a unit, or one named after the number of finished units."""
+    """Glob below `work` of the files of finished units: one file per unit, or one named after the number of units."""
 
 
 class End(Record):
     """How a process ended that did not finish its stage."""
 
     what: str
-    """Its last line."""
+    """The last line that it printed."""
 
     exit_code: int
-    """As the command ends."""
+    """Exit code of the command."""
 
 
 class Heartbeat(Record):
-    """Who is at work on a folder, and how far. Times are seconds since 1970 by the clock of that machine."""
+    """Which process works on a folder, and how far it is. Times are seconds since 1970 by that machine's clock."""
 
     machine: str
     """Host name."""
 
     namespace: str
-    """The start of the machine and the namespace of process ids; a process id means something only within both."""
+    """Boot of the machine and namespace of process ids. Process ids can be compared only if both are equal."""
 
     pid: int = Field(ge=1, lt=1 << 31)
     """Process id."""
 
     pid_started: int | None
-    """When the process began, in the kernel's own count: another process may get its id later. None off Linux."""
+    """Start of the process in the kernel's clock ticks, which tells it from a later process with the same id. None on
+    systems other than Linux."""
 
     phase: str
-    """What it does outside of what it counts, for example `waits for its device`."""
+    """What the process does while it counts nothing, for example `waits for its device`."""
 
     device: str = ""
-    """Where its model is, as `cuda:0`; empty where it has none yet."""
+    """Device of the stage's model, for example `cuda:0`; empty before the model is on one."""
 
     count: Count | None = None
-    """How far it is; None before it counts."""
+    """Progress in units; None before the stage counts any."""
 
     begun_s: float
-    """When the process took the folder."""
+    """Time at which the process took the folder."""
 
     advanced_s: float
-    """When it last got on."""
+    """Time of its last progress."""
 
     written_s: float
-    """When it wrote this."""
+    """Time at which this heartbeat was written."""
 
     ended: End | None = None
-    """How it ended; None while it is at work, or where it was killed."""
+    """How the process ended; None while it runs, or if it was killed."""

@@ -7,12 +7,12 @@ from typing import Any
 
 
 def with_home(value: Any) -> Any:
-    """The value with each text in it that begins with `~`, and names a home folder so, as the path that is meant.
+    """Return the value with the home folder in place of a leading `~` in every text, also within lists and mappings.
 
-    A shell does so with what stands alone; a run file, and what follows `--out=`, no shell has seen.
+    A shell does this only for a whole argument, and not for values in a run file or behind `--out=`.
     """
     if isinstance(value, str):
-        return os.path.expanduser(value) if value.startswith("~") else value  # noqa: PTH111 (a text, if it names none)
+        return os.path.expanduser(value) if value.startswith("~") else value  # noqa: PTH111 (unknown users: unchanged)
     if isinstance(value, dict):
         return {name: with_home(one) for name, one in value.items()}
     if isinstance(value, (list, tuple)):

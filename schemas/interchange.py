@@ -1,4 +1,4 @@
-"""Settings of `capgap import`: where another program's captures lie, how they are laid out, what to make of them."""
+"""Settings of `capgap import`: where another program's captures are, their layout, and the cache to make of them."""
 
 from __future__ import annotations
 
@@ -15,98 +15,101 @@ CaptureFormat = Literal["parquet", "distillkit"]
 
 
 class ColumnNames(Record):
-    """The columns of a Parquet file, by what they hold; those that are absent by default may be absent."""
+    """Names of the columns of a Parquet file. All but `input_ids`, `ids` and `logprobs` may be missing in the file."""
 
     input_ids: str = "input_ids"
-    """The tokens of a row: list<int>."""
+    """Column of the tokens of a row: list<int>."""
 
     ids: str = "ids"
-    """The ids that were kept for each target of a row: list<list<int>>."""
+    """Column of the ids that were stored for each target of a row: list<list<int>>."""
 
     logprobs: str = "logprobs"
-    """Their logprobs, nats: list<list<float>>."""
+    """Column of the logprobs of these ids, in nats: list<list<float>>."""
 
     tail: str = "tail"
-    """The probability of all other ids together: list<float>; what is left of 1 where there is no such column."""
+    """Column of the probability of all other ids together: list<float>. If it is missing, 1 minus the probability of
+    the stored ids."""
 
     label_logprobs: str = "label_logprobs"
-    """The logprob of the real next token: list<float>, null or NaN where unknown; found among the ids where there is no
-    such column."""
+    """Column of the logprob of the real next token, in nats: list<float>, null or NaN where it is unknown. If it is
+    missing, the logprob is looked up among the stored ids."""
 
     loss_mask: str = "loss_mask"
-    """1 where a token counts as a label: list<bool> or list<int>; all do where there is no such column."""
+    """Column of 1 where a token counts as a label: list<bool> or list<int>. If it is missing, all tokens count."""
 
     labels: str = "labels"
-    """The same as Hugging Face has it: the token itself, and -100 where it does not count: list<int>."""
+    """Column of the same mask in Hugging Face's form, the token where it counts and -100 where not: list<int>."""
 
     attention_mask: str = "attention_mask"
-    """0 where a token is padding, at a row's ends: list<int>."""
+    """Column of 0 where a token is padding, which may stand at both ends of a row: list<int>."""
 
     starts: str = "starts"
-    """1 where a token begins a document: list<bool> or list<int>; a row's first one alone where there is no such
-    column."""
+    """Column of 1 where a token begins a document: list<bool> or list<int>. If it is missing, a row is one document."""
 
 
 class ImportSettings(Record):
     """How captures of another program become a corpus and a cache."""
 
     sources: tuple[str, ...]
-    """Parquet files, folders or globs, read in this order, each file once; what `heldout` names too is held out."""
+    """Parquet files, folders or globs, read in this order, each file once. Files that `heldout` names too are held out.
+    """
 
     heldout: tuple[str, ...] = ()
-    """The same for held-out text; a share of the rows where it is left out."""
+    """Parquet files, folders or globs of held-out text. Left out, `heldout_fraction` of the rows is held out."""
 
     out: str = Field(json_schema_extra=OPERATIONAL)
-    """Folder that receives the folders `corpus`, `cache` and, where the teacher is on this machine, `teacher`."""
+    """Folder for the results. It receives the folders `corpus`, `cache` and, if the teacher is on this machine,
+    `teacher`."""
 
     tokenizer: str
-    """A Hugging Face folder or id: the tokenizer of the tokens, and of teacher and students."""
+    """Folder or Hugging Face id of the captures' tokenizer. Teacher and students have the same one."""
 
     teacher: str
-    """Folder or id of the model that gave the logprobs. A folder must hold that very tokenizer."""
+    """Folder or Hugging Face id of the model that gave the logprobs. A folder must hold the same tokenizer."""
 
     format: CaptureFormat = "parquet"
-    """How the captures are laid out."""
+    """Layout of the captures. `parquet`: columns of lists. `distillkit`: DistillKit's packed columns."""
 
     compression_config: str | None = None
-    """DistillKit's own file, for all captures; of each the `compression_config.yaml` beside it where it is left out."""
+    """With `distillkit` only: path of DistillKit's `compression_config.yaml` for all captures. Left out, the file of
+    that name beside each capture."""
 
     columns: ColumnNames = ColumnNames()
-    """What the columns are called."""
+    """Names of the columns in the Parquet files."""
 
     offset: Literal[0, -1] = 0
-    """Which token the first target of a row follows. 0: target i is what the teacher expects after token i. -1: target
-    i is what it expected of token i itself, as in vLLM's own lists, whose first entry is empty."""
+    """Position of targets relative to tokens. 0: target i is the teacher's distribution after token i, for the next
+    token. -1: target i is its distribution for token i itself, as in vLLM's own lists, whose first entry is empty."""
 
     context: ContextRule | None = None
-    """What the teacher saw before a token. `document`: its own document alone, which is a row, or what stands in a row
-    from one of its `starts` to the next; a sequence may hold several, and students must end attention between them.
-    `packed`: the whole row, whatever begins in it, with one row a sequence, for any student. Where it is left out, what
-    an export of capgap says of itself, and `document` for rows of one document each; rows of several need it."""
+    """What the teacher saw before a token. `document`: its own document alone, which is a row, or the part of a row
+    between two of its `starts`; a sequence may hold several documents, and students must end attention between them.
+    `packed`: the whole row, with one row per sequence, for any student. Left out, the rule that an export of capgap
+    states, else `document` if every row is one document; rows of several documents need the setting."""
 
     seq_len: int | None = Field(None, ge=8)
-    """Targets per sequence; as many as the longest row needs, padding left out, where it is left out."""
+    """Targets per sequence. Left out, as many as the longest row needs without its padding."""
 
     long_rows: Literal["refuse", "cut", "drop"] = "refuse"
-    """What happens to a row of more than `seq_len` + 1 tokens: an error, only its beginning is taken, or it is left
-    out. No row is split: the teacher saw all of it."""
+    """What to do with a row longer than `seq_len` + 1 tokens. `refuse`: an error. `cut`: leave out its end. `drop`:
+    leave it out. No row is split, because its later part would lack the context that the teacher saw."""
 
     heldout_fraction: float = Field(0.06, gt=0, lt=1)
-    """Share of the rows that nobody trains on, where `heldout` names none."""
+    """Share of the rows that no model trains on, if `heldout` names none."""
 
     temperature: float = Field(1.0, gt=0)
-    """The temperature at which the teacher's logprobs were taken."""
+    """Temperature at which the teacher's logprobs were computed."""
 
     top_k: int | None = Field(None, ge=1, le=65535)
-    """Top-k tokens kept of each target; what is cut joins the tail. Where it is left out, as many as the narrowest
-    target of the first rows has whose label counts; an error if more than half of all ids would be cut. Profile `small`
-    keeps as many as the widest of them has, and of a narrower target what it has."""
+    """Most probable tokens stored of each target; the others join the tail. Left out, the smallest number of ids that a
+    labelled target of the first rows has, with an error if that would cut more than half of all ids. With profile
+    `small`, which stores targets of different lengths, the largest number."""
 
     profile: Profile = "near-lossless"
-    """How exactly logprobs are stored, as `cache.profile`."""
+    """How exactly logprobs are stored, with the values of `cache.profile`."""
 
     shard_sequences: int = Field(1024, ge=1)
-    """Sequences in one shard."""
+    """Sequences in one shard, the unit of work, retry and verification."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:

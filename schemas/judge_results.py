@@ -1,7 +1,7 @@
-"""What the stages answers and judge write: answers, verdicts, and the figures made of them.
+"""The files that the stages answers and judge write: answers, verdicts and the results.
 
-answers.jsonl   an `Answered` a line        stage answers, one folder a model
-verdicts.jsonl  a `Verdict` a line          stage judge: every prompt, every reply
+answers.jsonl   one `Answered` per line     stage answers, one folder per model
+verdicts.jsonl  one `Verdict` per line      stage judge: every prompt, every reply
 judge.json      a `JudgeResults`            stage judge
 """
 
@@ -29,16 +29,16 @@ class Question(Record):
     """One question of two turns, as MT-Bench writes them."""
 
     question_id: int | str
-    """Its own."""
+    """Id of the question in its file."""
 
     category: str = Field(min_length=1)
-    """For example `math`."""
+    """Category of the question, for example `math`."""
 
     turns: tuple[str, ...]
-    """What is asked, and what is asked after the first answer."""
+    """The first question, and the second one, which is asked after the first answer."""
 
     reference: tuple[str, ...] = ()
-    """A right answer to each turn; empty where there is none."""
+    """A right answer to each turn; empty if there is none."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -53,81 +53,81 @@ class Reply(Record):
     """A model's answer to one turn."""
 
     text: str
-    """Without special tokens."""
+    """Text of the answer, without special tokens."""
 
     num_tokens: int
-    """Generated."""
+    """Number of generated tokens."""
 
     finish: Literal["stop", "length", "no_room"]
-    """`stop`: the model ended it. `length`: `max_tokens` or the model's positions did. `no_room`: the conversation
-    alone fills the model's positions, and nothing was generated."""
+    """Why the answer ended. `stop`: the model ended it. `length`: it reached `max_tokens` or the model's last position.
+    `no_room`: the conversation alone fills the model's positions, so that nothing was generated."""
 
 
 class Answered(Record):
     """A question with a model's answers."""
 
     question: Question
-    """As it was asked."""
+    """The question as it was asked."""
 
     temperature: float
-    """The temperature at which it was answered."""
+    """Sampling temperature of the answers."""
 
     replies: tuple[Reply, Reply]
-    """To both turns."""
+    """The answers to both turns."""
 
 
 class Ask(Record):
     """One request to the judge."""
 
     messages: tuple[dict[str, str], ...]
-    """All that it was sent."""
+    """All messages that were sent."""
 
     reply: str
-    """What it said."""
+    """Text of the judge's reply."""
 
     finish: str | None
-    """Why it ended, in the endpoint's words."""
+    """Why the reply ended, in the endpoint's words."""
 
     answered_by: str
-    """The model that answered, in the endpoint's words."""
+    """Name of the model that replied, in the endpoint's words."""
 
 
 class Item(Record):
-    """What one verdict is about."""
+    """The answer, or pair of answers, that one verdict judges."""
 
     kind: Kind
-    """A number for one answer, or the better of two."""
+    """`single`: a rating of one answer. `pairwise`: the better of two answers."""
 
     question_id: int | str
-    """Which question."""
+    """Id of the question."""
 
     category: str
     """The question's category."""
 
     turn: Literal[1, 2]
-    """Which answer of the conversation."""
+    """The turn whose answer is judged."""
 
     models: tuple[str, ...]
-    """The one whose answer it is; or two, in the order in which the judge saw them."""
+    """The model whose answer is judged, or two models in the order in which the judge saw their answers."""
 
 
 class Verdict(Record):
-    """What the judge made of an item."""
+    """The judge's verdict about an item."""
 
     item: Item
-    """What was judged."""
+    """The answer, or pair of answers, that was judged."""
 
     asks: tuple[Ask, ...]
-    """Every prompt and reply; more than one where the first could not be read."""
+    """All requests and replies; more than one if the first reply held no readable verdict."""
 
     rating: float | None = None
-    """From 1 to 10, for `single`; None where the verdict is invalid."""
+    """For `single`, the rating from 1 to 10; None if the verdict is invalid."""
 
     winner: Winner | None = None
-    """For `pairwise`, in the order in which the judge saw the answers; None where the verdict is invalid."""
+    """For `pairwise`, the better answer, in the order in which the judge saw them; None if the verdict is invalid."""
 
     invalid: str = ""
-    """Why there is no verdict, in words; empty where there is one."""
+    """Why there is no verdict, in words; empty if there is one."""
 
 
 class Mean(Record):
@@ -137,107 +137,107 @@ class Mean(Record):
     """The mean."""
 
     interval: Interval
-    """95 %, from resampling questions."""
+    """The 95 % interval, from resampling questions."""
 
 
 class ModelRatings(Record):
-    """The ratings of one model; a mean is None where no rating was valid."""
+    """The ratings of one model. A mean is None if no rating was valid."""
 
     model: str
-    """Instance that made it."""
+    """Instance that made the model."""
 
     arm: str | None
-    """None for the teacher."""
+    """Arm of the student; None for the teacher."""
 
     seed: int | None
-    """None for the teacher."""
+    """Seed of the student; None for the teacher."""
 
     turn_1: Mean | None
-    """Over the valid ratings of first answers."""
+    """Mean of the valid ratings of first answers."""
 
     turn_2: Mean | None
-    """Over those of second answers."""
+    """Mean of the valid ratings of second answers."""
 
     average: Mean | None
-    """The mean of both; None where either is."""
+    """Mean of `turn_1` and `turn_2`; None if either is None."""
 
     by_category: dict[str, float]
-    """The mean of both turns, of categories with a valid rating of each."""
+    """Mean of both turns for each category that has a valid rating of each turn."""
 
     num_invalid: int
-    """Verdicts that could not be read; in no mean."""
+    """Number of verdicts that could not be read; they count in no mean."""
 
     num_cut: int
-    """Answers that did not end by themselves."""
+    """Number of answers that the model did not end by itself."""
 
 
 class PairResult(Record):
-    """Two models held against each other, each answer in both orders."""
+    """The comparison of two models, each pair of answers in both orders."""
 
     first: str
-    """Instance that made the one."""
+    """Instance that made one model."""
 
     second: str
-    """Instance that made the other."""
+    """Instance that made the other model."""
 
     num_wins: int
-    """Answers of `first` that were better in both orders."""
+    """Number of pairs in which the answer of `first` was better in both orders."""
 
     num_ties: int
-    """Pairs of answers of which neither was better in both orders."""
+    """Number of pairs in which neither answer was better in both orders."""
 
     num_losses: int
-    """Answers of `second` that were better in both orders."""
+    """Number of pairs in which the answer of `second` was better in both orders."""
 
     num_invalid: int
-    """Pairs without a verdict in one order or both; in no figure."""
+    """Number of pairs without a verdict in one order or both; they count in no other number."""
 
     win_rate: Mean | None
-    """(wins + ties / 2) / all valid pairs, of `first`; None where there is none."""
+    """Win rate of `first`: (wins + ties / 2) / all valid pairs; None if there is no valid pair."""
 
     consistency: float | None
-    """Share of valid pairs with one verdict in both orders, ties included."""
+    """Share of valid pairs with the same verdict in both orders, including ties; None if there is no valid pair."""
 
     num_first_place: int
-    """Valid pairs in which whichever answer stood first was called better, in both orders."""
+    """Number of valid pairs in which the answer shown first was called better in both orders."""
 
     num_second_place: int
-    """The same of whichever stood second."""
+    """Number of valid pairs in which the answer shown second was called better in both orders."""
 
 
 class JudgeIdentity(Record):
-    """Who judged, as its endpoint says."""
+    """The model that judged, as its endpoint describes it."""
 
     model: str
-    """That was asked for."""
+    """Name of the model that was requested."""
 
     served: dict[str, str] = Field(default_factory=dict)
-    """What the endpoint lists of it; empty where it lists no models."""
+    """The endpoint's entry for this model in its list of models; empty if it lists none."""
 
 
 class JudgeResults(Record):
-    """Everything in `judge.json`."""
+    """The content of `judge.json`."""
 
     judge: JudgeIdentity
-    """Who judged."""
+    """The model that judged."""
 
     answered_by: dict[str, int]
-    """Replies by the name that the endpoint gave to the model behind them."""
+    """Number of replies by the name of the model that the endpoint reported with them."""
 
     num_questions: int
-    """Questions, of two turns each."""
+    """Number of questions, of two turns each."""
 
     num_bootstrap: int
-    """Resamples behind each interval."""
+    """Number of bootstrap resamples for each interval."""
 
     models: tuple[ModelRatings, ...] = ()
-    """The teacher first, if it was judged, then arm after arm by seed; empty without `single`."""
+    """Ratings of the teacher first, if it was judged, then of the arms, by seed; empty without `single`."""
 
     pairs: tuple[PairResult, ...] = ()
-    """Empty without `pairwise`."""
+    """Comparisons of two models; empty without `pairwise`."""
 
     num_verdicts: int
-    """All of them."""
+    """Number of all verdicts."""
 
     num_invalid: int
-    """How many of these could not be read."""
+    """Number of verdicts that could not be read."""

@@ -1,10 +1,10 @@
 """The table of the law of capacity gap: one row for each run of a grid, as JSON lines.
 
-A grid is teachers x students x token budgets x alpha x init x seeds. JSON lines, because a grid has hundreds of rows
-and not millions, a finished run appends one line, and a difference between two tables can be read.
+A grid is teachers x students x token budgets x alpha x init x seeds. JSON lines are enough for hundreds of rows, let a
+finished run append one line, and make the difference between two tables readable.
 
-A run that was planned and has no result stands in the table too, with `loss` null and the reason in `missing`: so a run
-that failed is known by name and not by its absence.
+A planned run without a result has a row too, with `loss` null and the reason in `missing`, so that every failed run is
+listed by name.
 """
 
 from __future__ import annotations
@@ -22,31 +22,31 @@ Init = Literal["common", "pruned"]
 
 
 class LawModel(Record):
-    """Size of a model."""
+    """Name and size of a model of the grid."""
 
     name: str = Field(min_length=1)
-    """As the grid calls it."""
+    """Name of the model in the grid."""
 
     num_parameters: int = Field(gt=0)
-    """All of them, tied ones once."""
+    """Number of all parameters; tied ones count once."""
 
     num_non_embedding_parameters: int = Field(gt=0)
-    """Without embedding and head."""
+    """Number of parameters without embedding and head."""
 
 
 class LawTeacher(LawModel):
     """Size and quality of a teacher."""
 
     loss: float | None = Field(gt=0)
-    """Cross-entropy on the grid's held-out text, nats/token; None where it was not measured, for a run without a
-    result."""
+    """Cross-entropy on the grid's held-out text, in nats/token; None if it was not measured, which only a run without a
+    result may have."""
 
     train_tokens: int | None = Field(None, gt=0)
-    """Tokens that it was trained on, for what it cost; None where that is not known."""
+    """Number of tokens that the teacher was trained on, from which its cost follows; None if it is not known."""
 
     @property
     def known_loss(self) -> float:
-        """The loss of a teacher that a finished run had: there it was measured."""
+        """The loss of the teacher of a finished run, for which it was always measured."""
         assert self.loss is not None
         return self.loss
 
@@ -55,13 +55,13 @@ class LawCache(Record):
     """The cache that a student learned from."""
 
     identity: str = Field(min_length=1)
-    """The identity in its manifest: rows that name the same one share it."""
+    """The identity in the cache's manifest. Rows with the same identity share one cache."""
 
     recording: RecordingName
-    """Which of its recordings was read."""
+    """The recording of the cache that was read."""
 
     num_ids: int = Field(gt=0)
-    """Samples (`sampled`) or top-k tokens (`topk`) of each distribution."""
+    """Number of samples (`sampled`) or top-k tokens (`topk`) stored of each distribution."""
 
     profile: Profile | None = None
     """How exactly `topk` logprobs are stored; None for `sampled`."""
@@ -70,69 +70,69 @@ class LawCache(Record):
     """The temperature at which teacher and student were compared."""
 
     num_tokens: int = Field(gt=0)
-    """Tokens that the teacher scored."""
+    """Number of tokens that the teacher scored."""
 
     @property
     def kept(self) -> str:
-        """What was kept of each distribution, in words; equal for all caches of a grid."""
+        """The form in which distributions are stored, in words; equal for all caches of a grid."""
         return kept_text(self.recording, self.num_ids, self.profile, self.temperature)
 
 
 def kept_text(recording: RecordingName, num_ids: int, profile: Profile | None, temperature: float) -> str:
-    """What a recording keeps of each distribution, in words that are equal where it is equal."""
+    """Return the form in which distributions are stored, in words. Equal forms give equal texts."""
     return f"{recording} of {num_ids}{f', {profile}' if profile else ''}, temperature {temperature:g}"
 
 
 class LawRun(Record):
-    """One student, trained once."""
+    """One row of the table: one student, trained once."""
 
     student: LawModel
-    """What was trained."""
+    """The student that was trained."""
 
     teacher: LawTeacher | None
-    """Whose distributions it learned; None in the supervised arm."""
+    """The teacher whose distributions the student learned from; None in the supervised arm."""
 
     cache: LawCache | None
-    """Where they were kept; None in the supervised arm."""
+    """The cache of these distributions; None in the supervised arm."""
 
     budget: str = Field(min_length=1)
-    """Name of the column of the grid that says how long students train, e.g. `20 tokens a parameter`."""
+    """Name of the grid's budget, which says how long students train, e.g. `20 tokens a parameter`."""
 
     tokens: int = Field(ge=0)
-    """Targets that the student was trained on; 0 for the untrained student, whose `kl` is the initial one."""
+    """Number of targets that the student was trained on; 0 for the untrained student, whose `kl` is the initial KL."""
 
     alpha: float = Field(ge=0, le=1)
     """Weight of the KL to the teacher; 0 in the supervised arm and only there."""
 
     init: Init = "common"
-    """`common`: first weights that do not depend on the teacher. `pruned`: cut out of a teacher."""
+    """`common`: initial weights that do not depend on the teacher. `pruned`: weights pruned from a teacher."""
 
     init_source: str | None = None
-    """Name of the teacher that a `pruned` student was cut out of."""
+    """Name of the teacher from which a `pruned` student was pruned."""
 
     arm: str = Field(min_length=1)
     """Name of the arm in the run file."""
 
     seed: int = Field(ge=0)
-    """Seed of first weights and data order: runs of one seed are paired."""
+    """Seed of initial weights and data order. Runs of one seed are compared in pairs."""
 
     loss: float | None
-    """Cross-entropy of the trained student on the held-out text, nats/token; None where there is no result."""
+    """Cross-entropy of the trained student on the held-out text, in nats/token; None if there is no result."""
 
     missing: str | None = None
-    """Why there is no result."""
+    """Why there is no result; None if there is one."""
 
     metrics: dict[str, float] = Field(default_factory=dict)
-    """Further measurements of the student by name, e.g. `kl`, `top1`, `ece`, `mmlu`; kept here, not fitted."""
+    """Further measurements of the student by name, e.g. `kl`, `top1`, `ece`, `mmlu`. No law is fitted to them."""
 
     wall_s: float | None = Field(None, ge=0)
-    """Seconds that the training took, those of killed processes among them."""
+    """Duration of the training in seconds, including killed processes."""
 
     common: dict[str, Setting] = Field(default_factory=dict)
-    """What must be equal in all rows, by name: tokenizer, corpus, held-out text, context rule, precision, ..."""
+    """Settings that must be equal in all rows, by name: tokenizer, corpus, held-out text, context rule and so on."""
 
     per_student: dict[str, Setting] = Field(default_factory=dict)
-    """What must be equal in all rows of one student and budget, by name: learning rate, batch, ..."""
+    """Settings that must be equal in all rows of one student and budget, by name: learning rate, batch and so on."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -156,7 +156,7 @@ class LawRun(Record):
 
     @property
     def name(self) -> str:
-        """How people call the run; different for all rows of a table."""
+        """The name of the run in messages, which is different for every row of a table."""
         teacher = self.teacher.name if self.teacher else "supervised"
         init = self.init if self.init_source is None else f"{self.init} from {self.init_source}"
         return f"{self.student.name}, {teacher}, {self.budget}, alpha {self.alpha:g}, {init}, seed {self.seed}"

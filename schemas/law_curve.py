@@ -1,4 +1,4 @@
-"""The part of `law.json` about one student: its loss over all its teachers, and where that is lowest."""
+"""The part of `law.json` about one student: its loss as a function of the teacher, and where that is lowest."""
 
 from __future__ import annotations
 
@@ -15,72 +15,72 @@ Verdict = Literal["interior", "saturating", "edge", "flat"]
 
 
 class TeacherPoint(Record):
-    """One teacher of a curve; means are over the curve's complete seeds."""
+    """One teacher of a curve. Means are over the curve's `seeds`, for which no run is missing."""
 
     name: str
     """The teacher's name."""
 
     size: int
-    """Parameters, counted as the fit counts them."""
+    """Number of the teacher's parameters, counted as `LawFit.size` says."""
 
     teacher_loss: float
-    """The teacher's own cross-entropy, nats/token."""
+    """The teacher's own cross-entropy, in nats/token."""
 
     initial_kl: float | None = None
-    """KL from it to the untrained student, nats/token; None where that was not measured."""
+    """KL from the teacher to the untrained student, in nats/token; None if it was not measured."""
 
     loss: float
-    """The student's, nats/token."""
+    """Loss of the student with this teacher, in nats/token."""
 
     above_best: float
-    """Loss minus that of the curve's best teacher, paired by seed."""
+    """Loss minus the loss with the curve's best teacher, paired by seed, in nats/token."""
 
     above_best_interval: Interval
-    """95 % for this pair of teachers, from the noise that is left once seeds are paired; the choice of the best among
-    several is not in it."""
+    """The 95 % interval of `above_best` for this pair of teachers, from the noise after pairing seeds. It does not
+    account for having chosen the best of several teachers."""
 
     gain: float
-    """Loss of the supervised arm minus loss: positive is good."""
+    """Loss of the supervised arm minus the loss with this teacher, in nats/token: positive if the teacher helps."""
 
     gain_interval: Interval
-    """95 %, Student's t over the paired seeds."""
+    """The 95 % interval of `gain`, by Student's t over the paired seeds."""
 
     within_delta: bool
     """Whether the loss is at most delta above the best."""
 
 
 class FormFit(Record):
-    """One form on one axis."""
+    """One functional form, fitted to a curve over one axis."""
 
     name: str
-    """The form's name."""
+    """Name of the form."""
 
     formula: str
-    """In u, 0 at the smallest and 1 at the largest teacher."""
+    """Formula of the form in u, which is 0 at the smallest and 1 at the largest teacher."""
 
     leave_one_out: float | None
-    """Root of the mean squared error with which it foretells a teacher that was left out, nats; of an interior curve, a
-    teacher between the ends. None where there are too few teachers for it."""
+    """Root mean square error of predicting a teacher that was left out of the fit, in nats; for an interior curve, only
+    teachers between the ends are left out. None if there are too few teachers."""
 
     losses: tuple[float, ...]
-    """The fitted curve at the axis's places; none where it was not fitted."""
+    """The fitted curve at the axis's `places`; empty if the form was not fitted."""
 
 
 class Best(Record):
     """Where an interior curve is lowest."""
 
     value: float
-    """Parameters, or the teacher's cross-entropy in nats/token."""
+    """The best teacher, in the unit of the axis: parameters, or nats/token."""
 
     interval: Interval
-    """Over noise, form and teachers left out; within the bracket."""
+    """The interval over noise, choice of form and left-out teachers, within `bracket`."""
 
     bracket: Interval
-    """The nearest teachers on both sides that are worse beyond noise: holds the lowest point of any curve with one
-    valley, whatever its form."""
+    """The nearest teachers on both sides that are worse beyond noise. The minimum of any curve with one valley lies
+    between them, whatever its form."""
 
     forms: dict[str, float]
-    """Share of the resampled fits in which each form with a valley foretold a left-out teacher best."""
+    """Share of the resampled fits in which each form with a valley predicted left-out teachers best."""
 
 
 class AxisFit(Record):
@@ -91,91 +91,91 @@ class AxisFit(Record):
     of the KL from the teacher to the untrained student."""
 
     verdict: Verdict
-    """As `capgap.pipeline.law.verdict` defines it."""
+    """Shape of the curve, as `capgap.pipeline.law.verdict` defines it; `interior` has its best teacher in between."""
 
     reason: str
-    """Why, in words."""
+    """Reason for the verdict, in words."""
 
     limit: str | None = None
-    """What an interior verdict lacks, in standard errors and in seeds; None for one."""
+    """What is missing for the verdict `interior`, in standard errors and in seeds; None if that is the verdict."""
 
     best: Best | None
-    """For an interior curve."""
+    """The best teacher of an interior curve; None for other curves."""
 
     chosen: str
-    """The form that foretells a left-out teacher best; of an interior curve, among those with a valley."""
+    """The form that predicts left-out teachers best; for an interior curve, among the forms with a valley."""
 
     forms: tuple[FormFit, ...]
-    """All that were tried."""
+    """All forms that were tried."""
 
     places: tuple[float, ...]
-    """Where the fitted curves are kept: parameters, or nats/token."""
+    """Values on the axis at which the fitted curves are stored: parameters, or nats/token."""
 
     @property
     def over(self) -> str:
-        """The axis, as people call it."""
+        """The name of the axis in sentences."""
         return {"size": "size", "cross_entropy": "cross-entropy", "initial_kl": "initial KL"}[self.axis]
 
 
 class CurveFit(Record):
-    """One student, budget, alpha and init, over all its teachers."""
+    """The results of one student, budget, alpha and init, over all its teachers."""
 
     student: str
-    """Name."""
+    """Name of the student."""
 
     student_size: int
-    """Parameters, counted as the fit counts them."""
+    """Number of the student's parameters, counted as `LawFit.size` says."""
 
     budget: str
-    """Name."""
+    """Name of the budget."""
 
     tokens: int
-    """That the student was trained on."""
+    """Number of tokens that the student was trained on."""
 
     alpha: float
     """Weight of the KL."""
 
     init: Init
-    """Where the first weights come from."""
+    """Where the initial weights come from."""
 
     seeds: tuple[int, ...]
-    """Those for which every teacher's run and the supervised one are there."""
+    """Seeds for which the run of every teacher and the supervised run have finished."""
 
     left_out_seeds: tuple[int, ...]
-    """Those for which one is missing: no run of theirs is in any mean."""
+    """Seeds for which a run is missing. None of their runs is in any mean."""
 
     left_out_teachers: tuple[str, ...]
-    """Those without a single finished run here."""
+    """Teachers without any finished run of this curve."""
 
     supervised_loss: float | None
-    """Mean of the supervised arm, nats/token; None with a pruned init, where each teacher has its own."""
+    """Mean loss of the supervised arm, in nats/token; None with a pruned init, where each teacher has its own."""
 
     noise: float | None
-    """Standard deviation of a run once its seed and its teacher are taken away, nats."""
+    """Standard deviation of a run's loss after the effects of its seed and its teacher are removed, in nats."""
 
     delta: float | None
-    """Difference below which teachers count as equally good, nats."""
+    """Difference below which teachers count as equally good, in nats."""
 
     points: tuple[TeacherPoint, ...]
-    """By size."""
+    """The teachers by size."""
 
     axes: tuple[AxisFit, ...]
-    """Size, cross-entropy and, where it was measured, initial KL; none where the curve could not be judged."""
+    """Fits over size, cross-entropy and, if it was measured, initial KL; empty if the curve could not be judged."""
 
     refused: str | None
-    """Why it could not be judged."""
+    """Why the curve could not be judged; None if it was."""
 
     notes: tuple[str, ...]
-    """What a reader must know of it."""
+    """Remarks that a reader of the curve must know."""
 
     predictions: tuple[Prediction, ...]
-    """What the published laws predict."""
+    """Predictions of the published laws for this student."""
 
     @property
     def title(self) -> str:
-        """How people call it."""
+        """The name of the curve in headings and messages."""
         return f"{self.student}, {self.budget}, alpha {self.alpha:g}, {self.init} init"
 
     def axis(self, name: AxisName) -> AxisFit | None:
-        """The fit over an axis."""
+        """Return the fit over an axis; None if there is none."""
         return next((axis for axis in self.axes if axis.axis == name), None)

@@ -1,4 +1,4 @@
-"""`law.json`: what follows from a table of the law of capacity gap. Its page and its advice are made of it."""
+"""`law.json`: the fit to a table of the law of capacity gap, from which the page and the advice are made."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ LAW_NAME = "law.json"
 
 
 class Estimate(Record):
-    """A coefficient."""
+    """A fitted coefficient with its interval."""
 
     value: float
-    """Fitted."""
+    """The fitted value."""
 
     interval: Interval
-    """95 % over the students' own intervals, and over leaving each of them out."""
+    """The 95 % interval over the students' own intervals, and over leaving each student out."""
 
 
 Measure = Literal["teacher's loss", "teacher's loss over the student's alone", "gap in loss", "initial KL"]
@@ -33,47 +33,47 @@ untrained student."""
 
 
 class AxisLaw(Record):
-    """A measure at the best teacher, over students."""
+    """How one measure of the best teacher depends on the student."""
 
     measure: Measure
-    """What is measured, nats/token or a ratio."""
+    """The measure, in nats/token or as a ratio."""
 
     students: tuple[str, ...]
-    """The interior ones, over the axis of that measure."""
+    """Students whose curve over the axis of this measure is interior."""
 
     refused: str | None
-    """Why there is no law; the rest is then None."""
+    """Why there is no law; the other fields are then None."""
 
     constant: Estimate | None = None
-    """As one value for all students."""
+    """Value of the measure if it is the same for all students."""
 
     per_doubling: Estimate | None = None
-    """How much it moves when the student doubles."""
+    """Change of the measure when the student's size doubles."""
 
 
 class GlobalLaw(Record):
-    """Best teacher as a function of the student, over the interior curves of one budget, alpha and init."""
+    """Size T of the best teacher as a function of the student's size S, for one budget, alpha and init."""
 
     budget: str
-    """Name."""
+    """Name of the budget."""
 
     alpha: float
     """Weight of the KL."""
 
     init: Init
-    """Where the first weights come from."""
+    """Where the initial weights come from."""
 
     students: tuple[str, ...]
-    """The interior ones."""
+    """Students whose curve is interior."""
 
     refused: str | None
-    """Why there is no law; the rest is then None."""
+    """Why there is no law; the fits are then None."""
 
     min_size: int | None = None
-    """Parameters of the smallest student."""
+    """Number of parameters of the smallest student."""
 
     max_size: int | None = None
-    """Parameters of the largest student."""
+    """Number of parameters of the largest student."""
 
     proportional: Estimate | None = None
     """k of T = k S."""
@@ -82,7 +82,7 @@ class GlobalLaw(Record):
     """a of T = a S + b."""
 
     intercept: Estimate | None = None
-    """b of T = a S + b, parameters."""
+    """b of T = a S + b, in parameters."""
 
     r_squared: float | None = None
     """Share of the variance that the line explains, unweighted."""
@@ -91,57 +91,57 @@ class GlobalLaw(Record):
     """q of T = c S^q."""
 
     log_factor: float | None = None
-    """ln c."""
+    """ln c of T = c S^q."""
 
     axes: tuple[AxisLaw, ...] = ()
-    """The best teacher in other measures than parameters."""
+    """Laws of the best teacher in other measures than parameters."""
 
     remarks: tuple[str, ...] = ()
-    """How it stands to exponent 1 and to the published slope, and how little R^2 means."""
+    """Comparisons with exponent 1 and with the published slope, and how little R^2 means."""
 
 
 class LawFit(Record):
-    """Everything in `law.json`."""
+    """The content of `law.json`."""
 
     table: str
-    """The file that was read."""
+    """Path of the table that was read."""
 
     table_sha256: str
-    """Its digest."""
+    """SHA-256 digest of the table."""
 
     num_runs: int
-    """Rows with a result."""
+    """Number of rows with a result."""
 
     size: Size
-    """Which parameters are counted as size."""
+    """Which parameters count as a model's size: all (`total`) or those without embedding and head."""
 
     kept: str
-    """What all caches kept of a distribution."""
+    """The form in which all caches store distributions, in words."""
 
     common: dict[str, str]
-    """Settings that all rows share."""
+    """Settings that are equal in all rows."""
 
     missing: tuple[str, ...]
-    """Every run of the grid without a result, each with the reason."""
+    """Every run of the grid without a result, with the reason."""
 
     curves: tuple[CurveFit, ...]
-    """By init, alpha and budget, those with the most students first, and student."""
+    """The curves, ordered by init, alpha, budget (the one with the most students first) and student."""
 
     laws: tuple[GlobalLaw, ...]
-    """One for each budget, alpha and init."""
+    """One law for each budget, alpha and init."""
 
     regrets: tuple[RegretTable, ...]
-    """Rules for choosing a teacher, scored: a table for each budget, alpha and init."""
+    """One table of scored rules for choosing a teacher for each budget, alpha and init."""
 
     frontiers: tuple[Frontier, ...]
-    """One for each accounting."""
+    """One frontier for each way of counting compute."""
 
     added: dict[str, str] = Field(default_factory=dict)
-    """sha256 of the submissions whose rows have joined the table's, by path."""
+    """SHA-256 digests, by path, of the submissions whose rows were added to the table's."""
 
     published: tuple[PublishedResult, ...] = ()
-    """What papers have published, where a file of it was given."""
+    """Results published by papers, if a file of them was given."""
 
     published_rules: tuple[RuleScore, ...] = ()
-    """The rules that need sizes alone on those students; their regret is the share for whom they miss the best teacher,
-    1 or 0 for each."""
+    """Scores, on the students of `published`, of the rules that need only sizes. Their regret is the share of students
+    for which they miss the best teacher: 1 or 0 for each."""

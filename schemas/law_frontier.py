@@ -1,4 +1,4 @@
-"""The part of `law.json` about cost: every setting of a grid at its compute and its loss."""
+"""The part of `law.json` about cost: compute and loss of every combination of settings in a grid."""
 
 from __future__ import annotations
 
@@ -10,38 +10,38 @@ Accounting = Literal["paper", "shared", "everything"]
 
 
 class FrontierPoint(Record):
-    """One setting of the grid at its cost."""
+    """Compute and loss of one combination of settings."""
 
     name: str
-    """Student, teacher, budget, alpha, init."""
+    """Student, teacher, budget, alpha and init."""
 
     flops: float
-    """Floating-point operations under the accounting."""
+    """Number of floating-point operations, counted by the frontier's accounting."""
 
     loss: float
-    """Mean over all seeds of its student, nats/token."""
+    """Mean loss over all seeds, in nats/token."""
 
     num_seeds: int
-    """Behind it."""
+    """Number of seeds in that mean."""
 
     supervised: bool
-    """Without a teacher."""
+    """Whether the student was trained without a teacher."""
 
     on_frontier: bool
-    """No other point costs as little or less and is better, or is as good and costs less."""
+    """Whether no other point is better at the same or lower cost, or as good at lower cost."""
 
 
 class Frontier(Record):
-    """Compute against quality."""
+    """Quality as a function of compute, under one way of counting compute."""
 
     accounting: Accounting
-    """Its name."""
+    """Name of the way of counting."""
 
     stated: str
-    """What is counted."""
+    """What is counted, in words."""
 
     points: tuple[FrontierPoint, ...]
-    """By cost."""
+    """The points by cost."""
 
     left_out: tuple[str, ...]
-    """Settings without a point, each with the reason."""
+    """Combinations of settings without a point, each with the reason."""

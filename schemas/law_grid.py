@@ -1,9 +1,9 @@
-"""The grid file: teachers x students x inits x token budgets x alphas x seeds, as one YAML.
+"""The grid file: teachers x students x inits x token budgets x alphas x seeds, as one YAML file.
 
-    grid file --pipeline/law/expand--> run files: one for the corpus, one a teacher, one a student x teacher x seed
+    grid file --pipeline/law/expand--> run files: one for the corpus, one per teacher, one per student x teacher x seed
 
-The supervised arm (alpha 0, no teacher) stands in every grid, for each student, budget and seed, and of pruned students
-for each teacher too.
+Every grid contains the supervised arm (alpha 0, no teacher) for each student, budget and seed; for pruned students,
+whose initial weights depend on the teacher, also for each teacher.
 """
 
 from __future__ import annotations
@@ -26,27 +26,27 @@ from capgap.schemas.run_train import TrainSettings
 _R = TypeVar("_R", bound=Record)
 
 SUPERVISED = "supervised"
-"""Stands where a teacher's name would, in folders and in names of arms."""
+"""The name that takes the place of a teacher's, in folders and in names of arms, for runs without a teacher."""
 
-# What a student's shape and the target of pruning have in common.
+# The sizes that both a student's shape and `prune` have.
 _SIZES = ("num_layers", "hidden_size", "num_heads", "num_key_value_heads", "intermediate_size")
 
 
 class Budget(Record):
-    """How long students train: one rule for all of them."""
+    """How long students train, by one rule for all of them: `tokens` or `tokens_per_parameter`."""
 
     tokens: int | None = Field(None, ge=0)
-    """Targets, alike for every student. 0 measures students as they are before training: the baseline, and the initial
-    KL to each teacher."""
+    """Number of targets, the same for every student. 0 measures the untrained students: a baseline, and the initial KL
+    to each teacher."""
 
     tokens_per_parameter: float | None = Field(None, gt=0, allow_inf_nan=False)
-    """Targets for each of the student's parameters, all of them counted."""
+    """Number of targets per parameter of the student, counting all its parameters."""
 
     students: tuple[str, ...] | None = None
-    """The students that train so long, for an axis that only some of them need; all where it is left out."""
+    """Names of the students that train with this budget. Left out, all."""
 
     alphas: tuple[float, ...] | None = None
-    """Weights of the KL under this budget; the grid's `alphas` where it is left out."""
+    """Weights of the KL with this budget. Left out, the grid's `alphas`."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -58,11 +58,11 @@ class Budget(Record):
         return self
 
     def has(self, student: str) -> bool:
-        """Whether a student trains so long."""
+        """Return whether a student trains with this budget."""
         return self.students is None or student in self.students
 
     def tokens_of(self, num_parameters: int) -> int:
-        """Targets for a student of that size."""
+        """Return the number of targets for a student of this size."""
         if self.tokens is not None:
             return self.tokens
         assert self.tokens_per_parameter is not None
@@ -70,16 +70,17 @@ class Budget(Record):
 
 
 class LawReuse(Record):
-    """Finished folders of earlier runs in the place of stages of the grid."""
+    """Finished stage folders of earlier runs, used in place of the grid's own stages."""
 
     corpus: str | None = None
-    """Folder of a corpus."""
+    """Folder of a finished corpus."""
 
     teachers: dict[str, str] = Field(default_factory=dict)
-    """Folders of teachers, by the grid's names."""
+    """Folders of finished teachers, by the grid's names of the teachers."""
 
     caches: dict[str, str] = Field(default_factory=dict)
-    """Folders or URLs of caches, by the teachers' names. They must be of the grid's corpus, teacher and recording."""
+    """Folders or URLs of finished caches, by the grid's names of the teachers. A cache must have the grid's corpus,
+    teacher and recording."""
 
 
 class LawGrid(Record):
@@ -89,60 +90,61 @@ class LawGrid(Record):
     """Name of the grid."""
 
     out: str = Field(json_schema_extra=OPERATIONAL)
-    """Folder that receives the corpus, `teachers/`, `students/`, the table, the fit and its page."""
+    """Folder for the results. It receives the corpus, `teachers/`, `students/`, the table, the fit and its page."""
 
     seeds: tuple[int, ...] = (0, 1, 2)
-    """Runs of one seed have the same first weights and data order, whatever the teacher, so they are paired."""
+    """Seeds of the runs. All runs of one seed have the same initial weights and data order, whatever the teacher, so
+    that they can be compared in pairs. More seeds make smaller differences visible."""
 
     device: Literal["auto", "cpu", "cuda"] = Field("auto", json_schema_extra=OPERATIONAL)
-    """Where models run. `auto` takes GPUs if there are some."""
+    """Where models run. `auto` takes GPUs if there are any."""
 
     reuse: LawReuse = Field(default_factory=LawReuse)
-    """What earlier runs have made."""
+    """Finished results of earlier runs to use."""
 
     corpus: CorpusSettings = Field(default_factory=CorpusSettings)
     """Text, tokenizer, packing and splits, for all models."""
 
     teachers: dict[str, TeacherSettings]
-    """By a name of yours: given ones (`path`), or small ones to train (`model` and `training`)."""
+    """Teachers by a name of your choice. Each is given (`path`), or a small one to train (`model` and `training`)."""
 
     teacher_training: Annotated[dict[str, Any], PartOf(OptimizationSettings)] = Field(default_factory=dict)
-    """Settings that the trainings of all teachers share; those that stand at a teacher's own `training` win."""
+    """Settings that the trainings of all teachers share. Settings in a teacher's own `training` override them."""
 
     cache: CacheSettings = Field(default_factory=CacheSettings)
-    """How distributions are kept: one recording for all teachers, or it would look like an effect of the teacher."""
+    """How distributions are stored, alike for all teachers, so that its effect is not mistaken for a teacher's."""
 
     students: dict[str, StudentSettings]
-    """By a name of yours."""
+    """Students by a name of your choice, each with `model` or `path`."""
 
     inits: tuple[Init, ...] = ("common",)
-    """Where students' first weights come from, each with curves of its own. `common`: from the seed, or the student's
-    `path`, whatever the teacher. `pruned`: a student of the same shape, cut out of the teacher that it then learns
-    from."""
+    """Where students' initial weights come from. Each kind has its own curves. `common`: from the seed or the student's
+    `path`, whatever the teacher. `pruned`: pruned, to the student's shape, from the teacher that the student then
+    learns from."""
 
     prune: PruneSettings = Field(default_factory=PruneSettings)
-    """What stays of a teacher in pruned students. Sizes are the students' shapes."""
+    """How teachers are pruned for `inits: [pruned]`. The sizes are those of the students' shapes."""
 
     train: TrainSettings = Field(default_factory=TrainSettings)
-    """How students are trained; `alpha` and `max_tokens` are the grid's, `alphas` and `budgets`."""
+    """How students are trained. `alphas` and `budgets` take the place of `alpha` and `max_tokens`."""
 
     train_of: dict[str, Annotated[dict[str, Any], PartOf(TrainSettings)]] = Field(default_factory=dict)
-    """By student: the settings of `train` in which its trainings differ, for example `{learning_rate: 1.0e-3}`."""
+    """Settings of `train` that differ for single students, by student, for example `{learning_rate: 1.0e-3}`."""
 
     budgets: dict[str, Budget]
-    """By a name of yours: how long students train."""
+    """Budgets by a name of your choice: how long students train."""
 
     alphas: tuple[float, ...] = (1.0,)
-    """Weights of the KL to the teacher, each a curve of its own; the supervised arm comes by itself."""
+    """Weights of the KL to the teacher, each with its own curves. The supervised arm is always added."""
 
     eval: EvalSettings = Field(default_factory=EvalSettings)
     """How models are measured."""
 
     max_hours: float | None = Field(None, gt=0, json_schema_extra=OPERATIONAL)
-    """A grid that is planned to take longer is refused."""
+    """Refuse to run a grid that is planned to take more hours than this."""
 
     max_disk_gb: float | None = Field(None, gt=0, json_schema_extra=OPERATIONAL)
-    """A grid that is planned to fill more disk, in 10^9 bytes, is refused."""
+    """Refuse to run a grid that is planned to fill more GB of disk than this. 1 GB is 10^9 bytes."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -210,10 +212,10 @@ class LawGrid(Record):
                 raise ValueError(f"teachers.{teacher}.served: found in a grid, expected path or model")
 
     def teacher_settings(self, name: str) -> TeacherSettings:
-        """A teacher with what all share laid below its own training.
+        """Return a teacher's settings, with `teacher_training` as defaults of its own training.
 
         Raises:
-            ValueError: a shared setting is none of a training, or of the wrong kind.
+            ValueError: `teacher_training` has a setting that a training does not have, or a value of the wrong type.
         """
         teacher = self.teachers[name]
         if teacher.model is None:
@@ -223,7 +225,7 @@ class LawGrid(Record):
         return teacher.model_copy(update={"training": training})
 
     def student_settings(self, student: str, init: Init) -> StudentSettings:
-        """Where a student's first weights come from: of a pruned one its shape, as sizes to prune to."""
+        """Return a student's settings; for the init `pruned`, `prune` with the sizes of the student's shape."""
         if init == "common":
             return self.students[student]
         shape = self.students[student].model
@@ -233,10 +235,10 @@ class LawGrid(Record):
         return StudentSettings(prune=PruneSettings(**{**self.prune.model_dump(exclude_unset=True), **sizes}))
 
     def train_settings(self, student: str) -> TrainSettings:
-        """The settings of `train` with the student's own in their place.
+        """Return the settings of `train` for one student, with its own values of `train_of` over the shared ones.
 
         Raises:
-            ValueError: a setting is none of a training, or of the wrong kind.
+            ValueError: `train_of` has a setting that `train` does not have, or a value of the wrong type.
         """
         own = {**self.train.model_dump(exclude_unset=True), **self.train_of.get(student, {})}
         return _merged(TrainSettings, own, ("train_of", student))
@@ -258,7 +260,7 @@ def _merged(record: type[_R], values: dict[str, Any], where: tuple[str, ...]) ->
 
 
 def _require_word(setting: str, name: str) -> None:
-    """Names become folders and parts of arms' names."""
+    """Raise ValueError unless a name can be the name of a folder and a part of an arm's name."""
     if not name or name.startswith(".") or any(not (c.isalnum() or c in "-_.") for c in name) or name == SUPERVISED:
         raise ValueError(
             f"{setting}: found the name {name!r}, expected letters, digits, '-', '_' and '.', and not {SUPERVISED!r}"

@@ -1,4 +1,4 @@
-"""What `capgap law plan` finds of a grid, as data."""
+"""The result of `capgap law plan` as data: what a grid will take, and which differences it will show."""
 
 from __future__ import annotations
 
@@ -7,104 +7,105 @@ from capgap.schemas.plan import Figure
 
 
 class PhasePlan(Record):
-    """All runs of one kind, together."""
+    """The estimated work of all runs of one kind together."""
 
     phase: str
-    """corpus, teachers, caches, prunings (of a grid with pruned students), students or measurements."""
+    """Kind of the runs: corpus, teachers, caches, prunings (if the grid prunes students), students or measurements."""
 
     num_runs: int
-    """How many there are."""
+    """Number of runs."""
 
     num_left: int
-    """How many are not current."""
+    """Number of runs that still have to be made, because they are not current."""
 
     tokens: Figure
-    """Targets that those that are left work on, together."""
+    """Number of targets of all remaining runs."""
 
     flops: Figure
-    """Their floating-point operations: 6 N D for a training, 2 N D for a forward pass."""
+    """Floating-point operations of the remaining runs, for N parameters and D tokens: 6 N D for a training, 2 N D for a
+    forward pass."""
 
     disk_bytes: Figure
-    """Bytes of their finished folders."""
+    """Bytes of the finished folders of the remaining runs."""
 
     device_hours: Figure
-    """Hours of their devices together."""
+    """Device hours of the remaining runs."""
 
 
 class StudentPower(Record):
-    """The differences between teachers that a student of the grid will show, by the noise of a pilot."""
+    """Which differences between teachers a student of the grid will show, estimated from the noise of a pilot grid."""
 
     student: str
-    """Name in the grid."""
+    """Name of the student in the grid."""
 
     pilot: str
-    """Curve of the pilot whose noise is taken: that of the student nearest in size."""
+    """Curve of the pilot grid whose noise is used: that of the student nearest in size."""
 
     size_ratio: float
-    """Parameters of the student over those of the pilot's."""
+    """Number of parameters of the student over that of the pilot's student."""
 
     noise: float
-    """Standard deviation of one run of the pilot, once its seed and its teacher are taken away, nats."""
+    """Standard deviation of a run's loss in the pilot after the effects of seed and teacher are removed, in nats."""
 
     noise_limit: float
-    """What the true noise lies below with probability 0.9."""
+    """Upper limit of the true noise with probability 0.9, in nats."""
 
     smallest: float | None
-    """Smallest difference of two teachers that the grid shows with probability 0.8, nats/token; None for a grid of one
-    seed or one teacher, which shows none."""
+    """Smallest difference between two teachers that the grid shows with probability 0.8, in nats/token; None for a grid
+    of one seed or one teacher, which shows none."""
 
     smallest_cautious: float | None
-    """The same where the noise is as large as its limit."""
+    """The smallest difference that the grid shows if the noise is as large as `noise_limit`."""
 
     wished: float
-    """A difference that one would like to see, nats/token."""
+    """The difference that the user would like to see, in nats/token."""
 
     seeds_needed: int | None
-    """Seeds that show it with probability 0.8; None where that takes more than 500, or there is one teacher."""
+    """Number of seeds that show `wished` with probability 0.8; None if it takes more than 500, or with one teacher."""
 
     seeds_needed_cautious: int | None
-    """The same where the noise is as large as its limit."""
+    """The number of seeds needed if the noise is as large as `noise_limit`."""
 
 
 class LawPlan(Record):
-    """What all runs of a grid will take."""
+    """The estimated work of all runs of a grid."""
 
     name: str
-    """The grid's."""
+    """Name of the grid."""
 
     num_teachers: int
-    """Teachers."""
+    """Number of teachers."""
 
     num_students: int
-    """Students."""
+    """Number of students."""
 
     num_rows: int
-    """Rows of its table: student x (teacher x alpha, or none) x budget x seed; of a pruned student none stands for each
-    teacher."""
+    """Number of rows of the grid's table: student x (teacher x alpha, or supervised) x budget x seed; pruned students
+    have a supervised row for each teacher."""
 
     num_processes: int
-    """Stages that are left, each a process."""
+    """Number of stages that remain, each in its own process."""
 
     num_workers: int | None
-    """Side by side; None where the grid's device is not there to count."""
+    """Number of processes that work at the same time; None if the grid's device is not on this machine."""
 
     phases: tuple[PhasePlan, ...]
-    """In order."""
+    """The phases in order."""
 
     flops: Figure
-    """Floating-point operations of everything that is left."""
+    """Floating-point operations of everything that remains."""
 
     disk_bytes: Figure
-    """Bytes of everything that is left, and the largest scratch of as many stages as there are workers."""
+    """Bytes of everything that remains, plus the temporary files of as many stages as there are workers."""
 
     device_hours: Figure
-    """Device hours of everything that is left."""
+    """Device hours of everything that remains."""
 
     hours: Figure
-    """Until it is done: device hours over workers."""
+    """Hours until everything is finished: device hours over workers."""
 
     powers: tuple[StudentPower, ...]
-    """By student; none without a pilot."""
+    """Differences that each student will show; empty without a pilot."""
 
     notes: tuple[str, ...]
-    """What else to know."""
+    """Further remarks."""

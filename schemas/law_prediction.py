@@ -1,4 +1,4 @@
-"""What a published law predicts for a student, as data."""
+"""The prediction of a published law for a student, as data."""
 
 from __future__ import annotations
 
@@ -8,33 +8,33 @@ from capgap.schemas.base import Record
 
 
 class Prediction(Record):
-    """What a published law predicts for this student."""
+    """The prediction of a published law for one student."""
 
     law: str
-    """Its name."""
+    """Name of the law."""
 
     source: str
-    """Where it was published."""
+    """Publication of the law."""
 
     validity: str
-    """What it was measured on."""
+    """Range of models and tokens on which the law was measured, in words."""
 
     within_validity: bool
-    """Whether this student, these teachers and these tokens lie in there."""
+    """Whether this student, its teachers and its tokens are within that range."""
 
     best_size: float | None
-    """Parameters of the best teacher; None where the law has no optimum within what was looked at."""
+    """Number of parameters of the best teacher; None if the law has no optimum in the range that was searched."""
 
     summary: str
-    """The prediction in words, with what it rests on."""
+    """The prediction in words, with the numbers that it is based on."""
 
     losses: dict[str, float] = Field(default_factory=dict)
-    """Predicted loss of the student by teacher, nats/token, for a law that gives one."""
+    """Predicted loss of the student by teacher, in nats/token, if the law predicts losses."""
 
     disagreement: str = ""
-    """How it stands to the measurement, or to the other laws."""
+    """Comparison of the prediction with the measurement, or with the other laws, in words."""
 
     @property
     def sentence(self) -> str:
-        """The law and its prediction, marked where they go beyond what was measured."""
+        """The law and its prediction in a sentence, marked if it is outside the law's range."""
         return f"{self.law}{'' if self.within_validity else ' (outside what it was measured on)'}: {self.summary}"

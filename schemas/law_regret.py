@@ -1,4 +1,4 @@
-"""The part of `law.json` about rules for choosing a teacher: what a student loses that follows each of them."""
+"""The part of `law.json` about rules for choosing a teacher, and how much worse students are by following them."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from capgap.schemas.results import Interval
 
 
 class Choice(Record):
-    """What a rule chose for one student, without having seen that student's losses."""
+    """The teacher that a rule chose for one student, without having seen that student's losses."""
 
     student: str
-    """Its name."""
+    """Name of the student."""
 
     teacher: str
-    """The teacher chosen."""
+    """Name of the chosen teacher."""
 
     regret: float
-    """Loss of the student with this teacher minus that with its best, nats/token."""
+    """Loss of the student with this teacher minus its loss with its best teacher, in nats/token."""
 
 
 class RuleScore(Record):
@@ -27,53 +27,53 @@ class RuleScore(Record):
     """The rule's name."""
 
     formula: str
-    """What it chooses, in words."""
+    """Which teacher the rule chooses, in words."""
 
     regret: float | None
-    """Mean over students, nats/token; None where the rule could not be followed."""
+    """Mean regret over students, in nats/token; None if the rule could not be applied."""
 
     interval: Interval | None = None
-    """95 % of the regret over resampled seeds, the best teacher and what the rule fits being found anew each time."""
+    """The 95 % interval of the regret over resampled seeds. Best teacher and rule are fitted again in each resample."""
 
     behind: Interval | None = None
-    """95 % of the regret minus that of the first rule, over the same resamples."""
+    """The 95 % interval of the regret minus that of the first rule, over the same resamples."""
 
     choices: tuple[Choice, ...] = ()
-    """By student."""
+    """The rule's choice for each student."""
 
     outside: tuple[str, ...] = ()
-    """Students that lie outside what a published rule was measured on."""
+    """Students outside the range on which a published rule was measured."""
 
     refused: str | None = None
-    """Why the rule could not be followed."""
+    """Why the rule could not be applied; None if it was."""
 
 
 class RegretTable(Record):
-    """All rules over the students of one budget, alpha and init, the one of least regret first."""
+    """All rules over the students of one budget, alpha and init, the rule of least regret first."""
 
     budget: str
-    """Name."""
+    """Name of the budget."""
 
     alpha: float
     """Weight of the KL."""
 
     init: Init
-    """Where the first weights come from."""
+    """Where the initial weights come from."""
 
     students: tuple[str, ...]
-    """Those that the rules are scored on."""
+    """Students on which the rules are scored."""
 
     num_seeds: int
-    """Seeds that are complete for all of these students."""
+    """Number of seeds for which no run of these students is missing."""
 
     floor: float
-    """Mean over students and seeds of what is lost by the teacher that was best in the student's other seeds: the noise
-    of seeds alone costs that much."""
+    """Mean regret, over students and seeds, of choosing the teacher that is best in the student's other seeds. The
+    noise of seeds alone costs that much, in nats/token."""
 
     rules: tuple[RuleScore, ...]
-    """By regret; those that could not be followed last."""
+    """The rules by regret; rules that could not be applied come last."""
 
     @property
     def title(self) -> str:
-        """How people call it."""
+        """The name of the table in headings."""
         return f"{self.budget}, alpha {self.alpha:g}, {self.init} init"

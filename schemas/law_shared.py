@@ -1,4 +1,4 @@
-"""What people share of the law: their grid's rows with where they come from, and points that papers have published."""
+"""Data about the law that people share: rows of their own grids with provenance, and results published in papers."""
 
 from __future__ import annotations
 
@@ -14,57 +14,57 @@ class LawSubmission(Record):
     """The rows of one grid, with their provenance, as `capgap law submit` writes them."""
 
     format: Literal["capgap-law-submission-1"] = "capgap-law-submission-1"
-    """What this file is."""
+    """Name and version of this file format."""
 
     name: str
-    """The grid's."""
+    """Name of the grid."""
 
     machine: str
     """The processor or GPU of the machine that wrote the file."""
 
     versions: tuple[dict[str, str], ...]
-    """Of Python and the packages that took part, as the manifests have them; each set once."""
+    """Versions of Python and packages from the manifests; equal sets are listed once."""
 
     manifests: dict[str, str]
-    """sha256 of every manifest of the grid, by its path in the grid's folder."""
+    """SHA-256 digest of every manifest of the grid, by its path in the grid's folder."""
 
     rows: tuple[LawRun, ...] = Field(min_length=1)
-    """The table."""
+    """The rows of the grid's table."""
 
 
 class PublishedTeacher(Record):
     """One teacher of a published result."""
 
     size: float = Field(gt=0)
-    """Parameters."""
+    """Number of parameters."""
 
     score: float | None = None
-    """What the student reached from it, where that was printed."""
+    """Score of the student distilled from this teacher, if it was published."""
 
 
 class PublishedResult(Record):
     """One student that a paper distilled from several teachers."""
 
     source: str = Field(min_length=1)
-    """The paper, and where in it."""
+    """The paper, and the table or section in it."""
 
     student: str = Field(min_length=1)
-    """Its name."""
+    """Name of the student."""
 
     student_size: float = Field(gt=0)
-    """Parameters."""
+    """Number of the student's parameters."""
 
     tokens: float | None = Field(None, gt=0)
-    """That it was trained on, where that was printed."""
+    """Number of tokens that the student was trained on, if it was published."""
 
     measure: str
-    """What was compared, for example `mean of six benchmarks`."""
+    """Meaning of the scores, for example `mean of six benchmarks`."""
 
     teachers: dict[str, PublishedTeacher] = Field(min_length=2)
-    """By name."""
+    """The teachers by name."""
 
     best: str
-    """The one that the paper found best."""
+    """Name of the teacher that the paper found best."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -81,4 +81,4 @@ class PublishedResults(Record):
     """The file that `capgap law fit --public` reads."""
 
     results: tuple[PublishedResult, ...] = Field(min_length=1)
-    """One student each."""
+    """The results, one student each."""

@@ -1,10 +1,10 @@
-"""`manifest.json`: what a finished stage folder holds, what it was made from, and with what.
+"""`manifest.json`: the contents of a finished stage folder, its inputs, settings and versions.
 
     identity = digest(stage, settings that decide the result, identities of the inputs)     known before any work
     content  = digest(the list of files with their digests)                                 known after it
 
-A folder is finished when its manifest stands in it. `identity` decides whether it is current; `content` lets a stage
-notice that an input was made again and came out different.
+A folder is finished when it contains its manifest. `identity` decides whether the folder is current; `content` shows
+whether an input was made again with a different result.
 """
 
 from __future__ import annotations
@@ -23,22 +23,22 @@ MANIFEST_NAME = "manifest.json"
 WORK_NAME = "work.json"
 
 STANDS_FOR = {"align": "cache"}
-"""Stages whose result is read as that of another one."""
+"""Stages whose result is read as the result of another stage."""
 
 
-# A manifest may come from a stranger: no count may pass what arithmetic on offsets and arrays holds.
+# A manifest may be untrusted: counts are bounded so that sums of offsets and array sizes cannot overflow 64 bits.
 Count = Annotated[int, Field(ge=0, lt=1 << 48)]
 
-# As `name` and the names of arms are checked in a run file; none begins like a flag or a hidden file.
+# The same characters as names of runs and arms in a run file; a name begins neither like a flag nor a hidden file.
 _NAME = re.compile(r"[^\W_][\w.-]*|_[\w.-]*")
 _LONGEST_NAME = 1024
 
-# What nearly all files are called; there may be a hundred thousand of them.
+# Nearly all paths match this fast check, which matters because a manifest may list a hundred thousand files.
 _PLAIN_PATH = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*(/[A-Za-z0-9_][A-Za-z0-9_.-]*)*")
 
 
 def _inside(path: str) -> str:
-    """The path, if it can only lead to a file of the folder."""
+    """Return the path, or raise ValueError if it leads out of the folder or has control characters."""
     if _PLAIN_PATH.fullmatch(path):
         return path
     parts = PurePosixPath(path).parts
@@ -50,7 +50,7 @@ def _inside(path: str) -> str:
 
 
 def _named(text: str) -> str:
-    """The name, if a stage, an instance or a shard can have it: it stands in commands that are meant to be pasted."""
+    """Return the name of a stage, instance or shard, or raise ValueError if it is unsafe to paste into a shell."""
     if _NAME.fullmatch(text) and len(text) <= _LONGEST_NAME:
         return text
     parts = text.split("/")
@@ -60,7 +60,7 @@ def _named(text: str) -> str:
 
 
 def _digest(text: str) -> str:
-    """The digest, or nothing."""
+    """Return the digest, which may be empty, or raise ValueError if it has other characters than letters and digits."""
     if text and not (text.isascii() and text.isalnum()):
         raise ValueError(f"found {text[:80]!a}, expected a digest")
     return text
@@ -75,40 +75,40 @@ class FileEntry(Entry):
     """One file of a stage folder."""
 
     path: InnerPath
-    """Relative to the folder, with forward slashes, and never out of it."""
+    """Path relative to the folder, with forward slashes; it never leads out of the folder."""
 
     num_bytes: Count
-    """Size."""
+    """Size in bytes."""
 
     sha256: Digest
-    """Digest of the bytes."""
+    """SHA-256 digest of the bytes."""
 
 
 class SourceEntry(Entry):
     """A file outside the run that the stage read: text, or a given model."""
 
     path: str
-    """Where it lies."""
+    """Path of the file."""
 
     num_bytes: Count
-    """Size."""
+    """Size in bytes."""
 
     modified_ns: int = Field(ge=-(1 << 63), lt=1 << 63)
-    """Time of its last change, nanoseconds since 1970; only where it moved is the digest computed again."""
+    """Time of the file's last change, in nanoseconds since 1970. The digest is computed again only if it changes."""
 
     sha256: str
-    """Digest of the bytes."""
+    """SHA-256 digest of the bytes."""
 
 
 class Member(NamedTuple):
     """One member of a shard: a block of packed sequences.
 
     Attributes:
-        key: its name up to the first dot.
-        offset: byte of the shard at which its data begins.
-        num_bytes: length of the data.
-        num_sequences: sequences in the block.
-        crc32: of the data as stored.
+        key: the member's name up to its first dot.
+        offset: byte of the shard at which the member's data begins.
+        num_bytes: length of the data in bytes.
+        num_sequences: number of sequences in the block.
+        crc32: CRC-32 of the data as stored.
     """
 
     key: str
@@ -119,19 +119,19 @@ class Member(NamedTuple):
 
 
 class Members(Entry):
-    """The members of a shard in the order of the file, a list a property: a cache has a million of them."""
+    """The members of a shard in the order of the file: one list per property, because a cache has a million members."""
 
     offset: tuple[Count, ...] = ()
     """Byte of the shard at which each member's data begins."""
 
     num_bytes: tuple[Count, ...] = ()
-    """Length of the data."""
+    """Length of each member's data in bytes."""
 
     num_sequences: tuple[Count, ...] = ()
-    """Sequences in the block."""
+    """Number of sequences in each member's block."""
 
     crc32: tuple[Count, ...] = ()
-    """The crc32 of the data as stored."""
+    """CRC-32 of each member's data as stored."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -151,10 +151,10 @@ class ShardEntry(Entry):
     """The tar file."""
 
     num_sequences: Count
-    """Sequences in all its members."""
+    """Number of sequences in all members."""
 
     members: Members
-    """What lies in it."""
+    """The blocks of sequences in the file."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -162,7 +162,7 @@ class ShardEntry(Entry):
         return self
 
     def member(self, number: int) -> Member:
-        """The member of that number, counted from 0."""
+        """Return the member with this number, counted from 0."""
         of = self.members
         return Member(
             f"{self.file.path.removesuffix('.tar')}-{number:04d}",
@@ -173,61 +173,61 @@ class ShardEntry(Entry):
         )
 
     def each_member(self) -> Iterator[Member]:
-        """All of them, in order."""
+        """Iterate over all members, in order."""
         return map(self.member, range(len(self.members)))
 
 
 class ShardSet(Entry):
-    """The shards of one split of a corpus, or of a cache."""
+    """The shards of one split of a corpus, or of one recording of a cache."""
 
     codec: str
-    """Name and version of the member encoding; a reader refuses one it does not know."""
+    """Name and version of the members' encoding. A reader refuses a codec that it does not know."""
 
     codec_settings: dict[str, JsonValue]
-    """What the codec needs beside the bytes, for example the vocabulary size."""
+    """Settings that are needed to decode the members, for example the size of the vocabulary."""
 
     seq_len: int = Field(ge=1, le=1 << 24)
     """Targets per sequence."""
 
     shards: tuple[ShardEntry, ...]
-    """In order."""
+    """The shards in order."""
 
     @property
     def num_sequences(self) -> int:
-        """Sequences in all shards."""
+        """Number of sequences in all shards."""
         return sum(shard.num_sequences for shard in self.shards)
 
     @property
     def num_members(self) -> int:
-        """Members of all shards."""
+        """Number of members in all shards."""
         return sum(len(shard.members) for shard in self.shards)
 
     @property
     def num_tokens(self) -> int:
-        """Targets in all shards."""
+        """Number of targets in all shards."""
         return self.num_sequences * self.seq_len
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of all shard files."""
+        """Size of all shard files together, in bytes."""
         return sum(shard.file.num_bytes for shard in self.shards)
 
 
 class InputEntry(Entry):
-    """A folder that the stage read."""
+    """A stage folder that the stage read."""
 
     path: str
-    """Where it was."""
+    """Path of the folder when it was read."""
 
     identity: Digest
-    """Its manifest's identity."""
+    """The identity in its manifest."""
 
     content: Digest
-    """Its manifest's content."""
+    """The content digest in its manifest."""
 
 
 class WorkOrder(Entry):
-    """`work.json`: what a stage set out to do; written before the work, kept beside the manifest after it."""
+    """`work.json`: the task of a stage, written before the work begins and kept beside the manifest after it."""
 
     stage: Name
     """Name of the stage."""
@@ -239,20 +239,20 @@ class WorkOrder(Entry):
     """Settings that decide the result."""
 
     inputs: dict[str, InputEntry]
-    """By role: corpus, teacher, cache and so on."""
+    """Inputs by role: `corpus`, `teacher`, `cache` and so on."""
 
     identity: Digest
     """Digest of stage, settings and the inputs' identities."""
 
 
 class Manifest(WorkOrder):
-    """A finished stage."""
+    """The manifest of a finished stage."""
 
     format: Literal["capgap-manifest-1"] = "capgap-manifest-1"
     """Version of this layout."""
 
     seal: Digest = ""
-    """Digest of everything else in this manifest, written when it is finished."""
+    """Digest of everything else in this manifest, by which a later change of it is noticed."""
 
     content: Digest
     """Digest of the digests of `files` and `sources`."""
@@ -261,39 +261,40 @@ class Manifest(WorkOrder):
     """Files outside the run that were read."""
 
     files: tuple[FileEntry, ...]
-    """Everything in the folder that belongs to the result."""
+    """All files of the folder that belong to the result."""
 
     shard_sets: dict[str, ShardSet] = Field(default_factory=dict)
-    """By name: `teacher`, `student` and `heldout` for a corpus, `targets` for a cache."""
+    """Shard sets by name: the splits `teacher`, `student` and `heldout` of a corpus, or the recordings of a cache
+    (`sampled`, `topk` or `chunks`, and `heldout-` with each)."""
 
     facts: dict[str, JsonValue] = Field(default_factory=dict)
-    """What later stages must know; one of the models in `facts`."""
+    """Facts that later stages need; one of the models in the module `facts`."""
 
     totals: dict[str, JsonValue] = Field(default_factory=dict)
-    """Counts for people: tokens, documents, bytes, steps."""
+    """Counts for people to read: tokens, documents, bytes, steps."""
 
     versions: dict[str, str]
-    """Versions of Python, capgap and the packages that matter, of the process that finished the stage."""
+    """Versions of Python, capgap and important packages in the process that finished the stage."""
 
     earlier_versions: tuple[dict[str, str], ...] = ()
-    """Of each process before it that was killed and had others: those that differ."""
+    """For each earlier process that was killed and had different versions, the versions that differ."""
 
     started: str
-    """UTC, ISO 8601."""
+    """Time at which the stage began: UTC, in ISO 8601."""
 
     wall_s: float
-    """Seconds that processes worked on it: those of all together, also where some were killed or worked at once, as
-    slices do. Of a killed one what its last heartbeat says."""
+    """Working time of all processes of the stage together, in seconds. It includes killed processes, up to their last
+    heartbeat, and slices that worked at the same time."""
 
     command: tuple[str, ...]
     """The command line."""
 
     resolved: dict[str, Any] = Field(default_factory=dict)
-    """The whole run file with its defaults, operational settings included."""
+    """The whole run file with all defaults, including operational settings."""
 
     @property
     def read_as(self) -> str:
-        """The stage whose result it is to whoever reads it."""
+        """The name of the stage as which its readers treat this result."""
         return STANDS_FOR.get(self.stage, self.stage)
 
     @model_validator(mode="after")

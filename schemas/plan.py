@@ -1,4 +1,4 @@
-"""What `capgap plan` finds of a run, as data."""
+"""The result of `capgap plan` as data: what the stages of a run will take."""
 
 from __future__ import annotations
 
@@ -9,101 +9,101 @@ from capgap.schemas.law_prediction import Prediction
 
 
 class Figure(Record):
-    """A number, and where it comes from; without the number, what is missing."""
+    """A number with its source; if there is no number, what is missing."""
 
     value: float | None
-    """The number; None where nothing supports one."""
+    """The number; None if it cannot be estimated."""
 
     source: str
-    """What it was counted, measured or computed from; or what to give."""
+    """How the number was counted, measured or computed; without a number, what the user can provide to get one."""
 
 
 class StagePlan(Record):
-    """What one instance of a stage will take."""
+    """The estimated work of one instance of a stage."""
 
     instance: str
-    """For example `train/distilled/seed-0`."""
+    """Name of the instance, for example `train/distilled/seed-0`."""
 
     state: str
-    """current, stale, partial, missing or reused; what is current or reused costs nothing any more."""
+    """State of the instance: current, stale, partial, missing or reused. A current or reused one needs no more work."""
 
     tokens: Figure
-    """Targets that it works on."""
+    """Number of targets that the instance processes."""
 
     disk_bytes: Figure
     """Bytes of its finished folder."""
 
     scratch_bytes: Figure
-    """More that it takes while it works."""
+    """Bytes of temporary files while it works, in addition to the finished folder."""
 
     tokens_per_s: Figure
-    """Throughput of one engine, or one training."""
+    """Throughput of one engine or one training, in tokens per second."""
 
     device_hours: Figure
-    """Hours of its devices together; 0 where it is current or reused."""
+    """Hours of all its devices together; 0 if it is current or reused."""
 
 
 class BreakEven(Record):
-    """From how many students a cache costs less than a teacher beside each of them."""
+    """The number of students from which a cache costs less than running the teacher beside each student."""
 
     accounting: str
     """What is counted: floating-point operations, or seconds of a device."""
 
     num_students: int | None
-    """The least number; None where a cache never costs less, or where something is missing."""
+    """The smallest such number; None if a cache never costs less, or if a figure is missing."""
 
     source: str
-    """The figures behind it, or what is missing."""
+    """The figures that the number is computed from, or what is missing."""
 
 
 class RunPlan(Record):
-    """What all stages of a run will take, and what is known of the choice of its teacher."""
+    """The estimated work of all stages of a run, and what published laws say about the choice of its teacher."""
 
     name: str
-    """The run's."""
+    """Name of the run."""
 
     teacher_parameters: Figure
-    """All of the teacher's."""
+    """Number of all the teacher's parameters."""
 
     student_parameters: Figure
-    """All of the student's."""
+    """Number of all the student's parameters."""
 
     stages: tuple[StagePlan, ...]
-    """In order."""
+    """The stages in order."""
 
     needed_bytes: Figure
-    """Disk that is still to be filled: of everything that is not current, and the largest scratch."""
+    """Bytes of disk still needed: for everything that is not current, plus the largest temporary files of one stage."""
 
     free_bytes: int
-    """Free where the run writes."""
+    """Free bytes on the disk to which the run writes."""
 
     device_hours: Figure
     """Device hours of everything that is not current."""
 
     num_students: int
-    """That this run trains from the cache."""
+    """Number of students that this run trains from the cache."""
 
     break_even: tuple[BreakEven, ...]
-    """By accounting."""
+    """Break-even points, one for each accounting."""
 
     laws: tuple[Prediction, ...]
-    """What the published laws predict; none where the student's size or its tokens are not known."""
+    """Predictions of the published laws; empty if the student's size or tokens are not known."""
 
     notes: tuple[str, ...]
-    """What else to know."""
+    """Further remarks."""
 
 
 class Calibration(Record):
-    """Rates that `capgap plan --calibrate` probed, kept as `calibration.json` in the run's folder."""
+    """Rates that `capgap plan --calibrate` measured, stored as `calibration.json` in the run's folder."""
 
     device: str
-    """What they were probed on."""
+    """Device on which they were measured."""
 
     made: str
-    """When, as ISO 8601."""
+    """Time of the measurement, in ISO 8601."""
 
     resolved: dict[str, JsonValue]
-    """The run file with its flags: a rate counts where the settings that decide it are the same."""
+    """The run file with its flags. A rate is used only if the settings that affect it are unchanged."""
 
     tokens_per_s: dict[str, Figure]
-    """By stage; without a number, why it could not be probed."""
+    """Tokens per second by stage; without a number, why it could not be measured."""

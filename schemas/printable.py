@@ -1,4 +1,4 @@
-"""Text of a stranger's as a terminal may show it: nothing in it moves the cursor, hides a word or turns it around."""
+"""Makes untrusted text safe to show on a terminal: it cannot move the cursor, hide words or reverse them."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from capgap.schemas.secrets import redacted
 
 _PLACEHOLDER = "?"
 
-# escape sequences as a whole (CSI; OSC, DCS and their like up to their end; two characters), then single characters:
-# controls but for tab and line feed, line and paragraph separators, marks of direction, halves of a pair, tags
+# Whole escape sequences (CSI; OSC, DCS and similar ones up to their end; sequences of two characters), then single
+# characters: controls except tab and line feed, line and paragraph separators, direction marks, surrogates and tags.
 _UNPRINTABLE = re.compile(
     "\x1b\\[[0-?]*[ -/]*[@-~]"
     "|\x1b[\\]PX^_][^\x07\x1b\x9c]*(?:\x07|\x1b\\\\|\x9c)?"
@@ -21,15 +21,15 @@ _UNPRINTABLE_IN_A_NAME = re.compile("[\n\t]")
 
 
 def printable(text: str) -> str:
-    """The text with ? for each escape sequence and control character; lines and tabs stay."""
+    """Return the text with ? in place of each escape sequence and control character; line feeds and tabs stay."""
     return text if text.isascii() and text.isprintable() else _UNPRINTABLE.sub(_PLACEHOLDER, text)
 
 
 def printable_name(text: str) -> str:
-    """As `printable`, on one line."""
+    """Return the text with ? in place of escape sequences, control characters, line feeds and tabs: one line."""
     return _UNPRINTABLE_IN_A_NAME.sub(_PLACEHOLDER, printable(text))
 
 
 def fit_to_show(text: str) -> str:
-    """As it may leave: printable, and without credentials."""
+    """Return the text with control characters and credentials replaced, ready to be printed or written."""
     return printable(redacted(text))

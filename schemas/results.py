@@ -1,11 +1,12 @@
-"""`results.json`: what the eval stage measured, model by model and arm against arm.
+"""`results.json`: the results of the eval stage for each model, and the differences between arms.
 
 loss        mean of minus the logprob of the real next token, nats/token, over all labels of the held-out text
 interval    95 %, from resampling held-out sequences; over several seeds, Student's t of the seeds' differences
 difference  loss of `first` minus loss of `second`, on the same text: positive means that `second` is better
 ece         expected calibration error (Guo et al., 2017, arXiv 1706.04599): tokens are put into 15 bins of equal width
-            by the probability of the model's top-1 token; the mean over tokens of how far, in a bin, that probability
-            is on average from the share of tokens at which that token is the real next one. Few tokens raise it
+            by the probability of the model's top-1 token. ECE is the mean over tokens of the distance, within a bin,
+            between the mean of that probability and the share of tokens where the top-1 token is the real next one.
+            It is biased upwards if there are few tokens
 """
 
 from __future__ import annotations
@@ -19,21 +20,21 @@ RESULTS_NAME = "results.json"
 TEACHER = "teacher"
 
 Quantity = Literal["loss", "kl", "cached_kl", "cached_teacher_ce", "cached_chunk_kl"]
-"""What differs between two arms: the loss; `AgainstTeacher.kl`; `kl`, `teacher_ce` or `chunk_kl` of `AgainstCache`."""
+"""The quantity that is compared: loss, `AgainstTeacher.kl`, or `kl`, `teacher_ce` or `chunk_kl` of `AgainstCache`."""
 
 
 class Interval(Record):
     """A 95 % interval."""
 
     low: float
-    """Lower end."""
+    """Lower end of the interval."""
 
     high: float
-    """Upper end."""
+    """Upper end of the interval."""
 
 
 class AgainstTeacher(Record):
-    """How near a student's distributions come to the teacher's full ones, as means over labelled positions."""
+    """Distance of a student from the teacher's full distributions, as means over labelled positions."""
 
     kl: float
     """KL(teacher || student) over the whole real vocabulary at temperature 1, nats/token."""
@@ -45,10 +46,11 @@ class AgainstTeacher(Record):
     """Top-5 agreement: share of the teacher's top-5 tokens that are among the student's top-5 tokens."""
 
     acceptance: float
-    """Sum over ids of the smaller probability: how often speculative decoding accepts the student's draft."""
+    """Sum over ids of the smaller probability of both: the rate at which speculative decoding accepts the student's
+    draft tokens."""
 
     kl_interval: Interval | None = None
-    """Over the choice of held-out sequences, like the next three."""
+    """The interval of `kl`, like the next three from resampling held-out sequences."""
 
     top1_interval: Interval | None = None
     """The interval of `top1`."""
@@ -61,254 +63,258 @@ class AgainstTeacher(Record):
 
 
 class AgainstCache(Record):
-    """How near a student comes to what the cache holds of held-out sequences, as means over their labels.
+    """Distance of a student from the targets that the cache holds of held-out sequences, as means over their labels.
 
     Teacher and student are compared at the cache's temperature.
     """
 
     loss: float
-    """The student's, on these sequences, at temperature 1; nats/token."""
+    """Loss of the student on these sequences, at temperature 1, in nats/token."""
 
     kl: float | None
-    """For `topk`, KL(teacher || student) with all ids that were not kept as one: a lower bound of the whole,
-    nats/token. None for `sampled`, because samples give the teacher's entropy with a bias."""
+    """For `topk`, KL(teacher || student) with the tail as one token, in nats/token: a lower bound of the KL over the
+    whole vocabulary. None for `sampled`, because samples give a biased estimate of the teacher's entropy."""
 
     teacher_ce: float | None
-    """For `sampled`, the student's cross-entropy with the teacher's samples, nats/token: on average over samples it is
-    KL(teacher || student) plus the teacher's entropy, so that two students differ in it as in their KL."""
+    """For `sampled`, the student's cross-entropy with the teacher's samples, in nats/token. Its mean over samples is
+    KL(teacher || student) plus the teacher's entropy, so that its difference between two students is that of their KL.
+    """
 
     top1: float | None
-    """Top-1 agreement: share of positions at which the student's top-1 token is the teacher's, or the one sampled most
-    often. None where the teacher has other tokens."""
+    """Top-1 agreement: share of positions at which the student's top-1 token is the teacher's, or the token sampled
+    most often. None if the teacher has another tokenizer."""
 
     interval: Interval
-    """The interval of `kl`, `teacher_ce` or `chunk_kl`, over the choice of sequences."""
+    """The interval of `kl`, `teacher_ce` or `chunk_kl`, from resampling sequences."""
 
     top1_interval: Interval | None
-    """Likewise."""
+    """The interval of `top1`, from resampling sequences; None if `top1` is None."""
 
     chunk_kl: float | None = None
-    """For `chunks`, the binarised KL(teacher || student) of chunks of text at temperature 1, summed over those that are
-    kept and divided by the labels, nats/token. KL by token does not exist there."""
+    """For `chunks`, the KL(teacher || student) between two outcomes, the chunk and anything else, at temperature 1,
+    summed over the kept chunks and divided by the number of labels, in nats/token. A KL per token does not exist if
+    teacher and student have different tokenizers."""
 
 
 class Drafted(Record):
-    """A student's drafts for the teacher in vLLM, both sampling at temperature 1, with rejection sampling.
+    """Acceptance of a student's draft tokens by the teacher in vLLM, with rejection sampling at temperature 1.
 
-    Measured on what the teacher writes, where `AgainstTeacher.acceptance` is of held-out text.
+    It is measured on text that the teacher writes; `AgainstTeacher.acceptance` is measured on held-out text.
     """
 
     num_speculative_tokens: int
-    """Drafted before the teacher looks."""
+    """Number of tokens that the student drafts before each pass of the teacher."""
 
     num_drafts: int
-    """How often the teacher looked."""
+    """Number of passes of the teacher."""
 
     num_accepted_by_place: tuple[int, ...]
-    """Accepted tokens at each place of a draft; the first one's share is what the sum over ids of the smaller
-    probability foretells, a later place counts only where all before it were accepted."""
+    """Number of accepted tokens at each place of a draft. Divided by `num_drafts`, that of the first place estimates
+    `AgainstTeacher.acceptance`; a later place is accepted only if all before it are."""
 
     engine: str
     """vLLM and its version."""
 
     @property
     def acceptance(self) -> float:
-        """Share of first drafted tokens that were accepted."""
+        """Share of first draft tokens that were accepted."""
         return self.num_accepted_by_place[0] / self.num_drafts
 
     @property
     def tokens_per_look(self) -> float:
-        """Tokens that one pass of the teacher yields: the accepted ones and its own."""
+        """Mean number of tokens from one pass of the teacher: the accepted ones and one of its own."""
         return 1 + sum(self.num_accepted_by_place) / self.num_drafts
 
 
 class ReliabilityBin(Record):
-    """The tokens at which a model's top-1 token has a probability of one of 15 ranges."""
+    """One of 15 bins of tokens, by the probability of the model's top-1 token."""
 
     num_tokens: int
-    """How many."""
+    """Number of tokens in the bin."""
 
     confidence: float
-    """Mean of that probability."""
+    """Mean probability of the top-1 token."""
 
     right: float
-    """Share of them at which the top-1 token is the real next one."""
+    """Share of the tokens at which the top-1 token is the real next one."""
 
 
 class ModelResult(Record):
-    """One model on the held-out text."""
+    """The results of one model on the held-out text."""
 
     name: str
     """Instance that made the model: `teacher`, or `train/<arm>/seed-<seed>`."""
 
     arm: str | None
-    """None for the teacher."""
+    """Arm of the student; None for the teacher."""
 
     seed: int | None
-    """None for the teacher."""
+    """Seed of the student; None for the teacher."""
 
     num_parameters: int
-    """All of them, tied ones once."""
+    """Number of all parameters; tied ones count once."""
 
     num_non_embedding_parameters: int
-    """Without embedding and head."""
+    """Number of parameters without embedding and head."""
 
     loss: float
-    """Nats/token."""
+    """Loss on the held-out text, in nats/token."""
 
     loss_interval: Interval
-    """Over the choice of held-out sequences."""
+    """The interval of `loss`, from resampling held-out sequences."""
 
     bits_per_byte: float
-    """Loss per UTF-8 byte of the text that is learnt, of conversations the answers; independent of the tokenizer."""
+    """Loss in bits per UTF-8 byte of the text that is learnt (in conversations the answers). It can be compared between
+    tokenizers."""
 
     perplexity: float
     """exp(loss)."""
 
     against_teacher: AgainstTeacher | None
-    """None for the teacher itself, and where it was not at hand."""
+    """Comparison with the teacher's distributions; None for the teacher itself, and if no teacher was available."""
 
     ece: float | None = None
-    """Expected calibration error; None in results from before it was measured, like its interval."""
+    """Expected calibration error; None if it was not measured."""
 
     ece_interval: Interval | None = None
-    """Over the choice of held-out sequences."""
+    """The interval of `ece`, from resampling held-out sequences; None if `ece` is None."""
 
     reliability: tuple[ReliabilityBin, ...] = ()
-    """The bins behind `ece` that hold any token, by rising probability."""
+    """The bins of `ece` that hold any token, by ascending probability."""
 
     against_cache: AgainstCache | None = None
-    """None for the teacher itself, and where the cache holds no held-out sequences."""
+    """Comparison with the cache; None for the teacher itself, and if the cache holds no held-out sequences."""
 
     drafted: Drafted | None = None
-    """None where speculative decoding was not measured."""
+    """Results of speculative decoding; None if it was not measured."""
 
 
 class Sample(Record):
-    """What every model makes of one beginning of held-out text, always with its top-1 token; one text a model."""
+    """The beginning of one held-out text, and how every model continues it with its top-1 tokens."""
 
     prompt: str
     """The beginning, as text."""
 
     truth: str
-    """How the held-out text itself goes on."""
+    """The real continuation in the held-out text."""
 
     continuations: dict[str, str]
-    """By name of the model, the teacher first where it was at hand; a model that cannot write is left out."""
+    """The models' continuations by name of the model, the teacher's first if it was available. A model that cannot
+    generate is left out."""
 
 
 class PairedDifference(Record):
-    """Two arms of one seed, sequence by sequence on the same text."""
+    """The difference between two arms of one seed, paired by sequence on the same text."""
 
     first: str
-    """An arm."""
+    """Name of one arm."""
 
     second: str
-    """Another arm."""
+    """Name of the other arm."""
 
     seed: int
-    """The seed of both: the same initial weights and data order."""
+    """Seed of both arms, and so the same initial weights and data order."""
 
     difference: float
-    """Loss, or other quantity, of `first` minus that of `second`."""
+    """The quantity of `first` minus that of `second`."""
 
     interval: Interval
-    """Over the choice of held-out sequences; says nothing about other seeds."""
+    """The interval from resampling held-out sequences. It says nothing about other seeds."""
 
     quantity: Quantity = "loss"
-    """What differs."""
+    """The quantity that is compared."""
 
 
 class SeedsDifference(Record):
-    """Two arms over several seeds."""
+    """The difference between two arms over several seeds."""
 
     first: str
-    """An arm."""
+    """Name of one arm."""
 
     second: str
-    """Another arm."""
+    """Name of the other arm."""
 
     seeds: tuple[int, ...]
-    """Those at which both arms were trained; at least two."""
+    """The seeds at which both arms were trained; at least two."""
 
     difference: float
     """Mean over seeds of the paired differences."""
 
     interval: Interval
-    """Student's t with one degree of freedom less than seeds."""
+    """The interval by Student's t, with one degree of freedom less than seeds."""
 
     quantity: Quantity = "loss"
-    """What differs."""
+    """The quantity that is compared."""
 
 
 class HeldoutCache(Record):
-    """The held-out sequences of the cache, where it has them."""
+    """The held-out sequences of the cache."""
 
     recording: RecordingName
-    """Which of its recordings was read: `topk` where it has that."""
+    """The recording that was read: `topk` if the cache has it."""
 
     temperature: float
-    """The temperature at which the teacher was recorded."""
+    """Temperature at which the teacher was recorded."""
 
     num_sequences: int
-    """Those that hold a label, at most `eval.num_sequences`."""
+    """Number of sequences that hold a label, at most `eval.num_sequences`."""
 
     num_labels: int
-    """In them."""
+    """Number of labels in these sequences."""
 
     teacher_loss: float | None
-    """The teacher's, on these sequences, as recorded, nats/token; None at other temperatures than 1, of other
-    tokens, and where one of the logprobs is unknown, as imported captures may have it."""
+    """Recorded loss of the teacher on these sequences, in nats/token. None at a temperature other than 1, if the
+    teacher has another tokenizer, and if a logprob is unknown, as may be in an import."""
 
     teacher_bits_per_byte: float | None = None
-    """Of a teacher with other tokens, on the chunks of held-out text that are kept; None for any other."""
+    """Bits per byte of a teacher with another tokenizer, on kept chunks of held-out text; None for other teachers."""
 
 
 class EvalResults(Record):
-    """Everything in `results.json`."""
+    """The content of `results.json`."""
 
     num_sequences: int
-    """Held-out sequences behind the losses."""
+    """Number of held-out sequences on which losses are measured."""
 
     num_labels: int
-    """Labels in them."""
+    """Number of labels in these sequences."""
 
     num_full_sequences: int
-    """How many of these were compared with the teacher's full distribution; 0 where it was not at hand."""
+    """Number of sequences compared with the teacher's full distribution; 0 if the teacher was not available."""
 
     num_full_labels: int
-    """Labels in those."""
+    """Number of labels in the sequences of `num_full_sequences`."""
 
     num_bootstrap: int
-    """Resamples behind each interval."""
+    """Number of bootstrap resamples for each interval."""
 
     models: tuple[ModelResult, ...]
-    """The teacher first, if it was at hand, then arm after arm in the order of the run file, by seed."""
+    """The teacher first, if it was available, then the arms in the order of the run file, each by seed."""
 
     paired: tuple[PairedDifference, ...]
-    """Every two arms at every seed that both have."""
+    """Differences in loss of every two arms, at every seed that both have."""
 
     over_seeds: tuple[SeedsDifference, ...]
-    """Every two arms that share at least two seeds."""
+    """Differences in loss of every two arms that share at least two seeds."""
 
     paired_nearness: tuple[PairedDifference, ...] = ()
-    """As `paired`, of every quantity that was measured against the teacher."""
+    """Differences like `paired`, in each quantity that compares a student with the teacher or the cache."""
 
     nearness_over_seeds: tuple[SeedsDifference, ...] = ()
-    """As `over_seeds`, of the same."""
+    """Differences like `over_seeds`, in each quantity that compares a student with the teacher or the cache."""
 
     cached: HeldoutCache | None = None
-    """What `against_cache` is measured on."""
+    """The held-out sequences on which `against_cache` is measured; None if the cache has none."""
 
     teacher_missing: str | None = None
-    """Why the teacher itself was not measured, in words; None where it was."""
+    """Why the teacher itself was not measured, in words; None if it was."""
 
     samples: tuple[Sample, ...] = ()
-    """Empty where `eval.num_samples` is 0, and in results from before there were any."""
+    """Continuations of held-out text; empty if `eval.num_text_samples` is 0."""
 
     @property
     def teacher(self) -> ModelResult | None:
-        """The teacher's row; None where it was not at hand."""
+        """The teacher's results; None if it was not available."""
         return self.models[0] if self.models[0].arm is None else None
 
     @property
@@ -317,5 +323,5 @@ class EvalResults(Record):
         return tuple(dict.fromkeys(model.arm for model in self.models if model.arm is not None))
 
     def of_arm(self, arm: str) -> tuple[ModelResult, ...]:
-        """The arm's models, by seed."""
+        """Return the models of this arm, by seed."""
         return tuple(model for model in self.models if model.arm == arm)

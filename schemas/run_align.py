@@ -11,27 +11,29 @@ from capgap.schemas.run_corpus import BosRule
 
 
 class AlignSettings(Record):
-    """How a cache is turned into one for a student of another tokenizer."""
+    """How a cache is converted for students whose tokenizer differs from the teacher's. The text is cut into chunks:
+    the smallest spans at whose borders both tokenizers have a border between tokens."""
 
     tokenizer: str
-    """Folder or Hugging Face id of the student's tokenizer, or of a model with it. It must be reversible: of bytes, or
-    with byte fallback, and with a normaliser that changes nothing."""
+    """Folder or Hugging Face id of the student's tokenizer or model. The tokenizer must be reversible: byte-level or
+    with byte fallback, and with a normaliser that does not change the text."""
 
     bos: BosRule = "auto"
-    """Whether every document of the student begins with its beginning-of-sequence token; as `corpus.bos`."""
+    """Whether documents begin with the student's BOS token. Its values mean the same as those of `corpus.bos`."""
 
     seq_len: int | None = Field(None, ge=8)
-    """Targets per sequence of the student; as many as the cache's where it is left out."""
+    """Targets per sequence of the student. Left out, the cache's."""
 
     recording: Literal["sampled", "topk"] | None = None
-    """Which recording of the cache says how far borders can be trusted; `topk` where it has that."""
+    """Recording of the cache by which chunk borders are checked (`min_border_probability`). Left out, `topk` if the
+    cache has it."""
 
     projected_top_k: int = Field(0, ge=0, le=255)
-    """Of a `topk` cache: keep so many of the teacher's top-k tokens at chunks that are one token in both tokenizers, as
-    far as the student's tokenizer has them, for `train.projected_weight`. Tokens that one tokenizer would go on with
-    and the other would not, as it splits digits otherwise, are left to the tail. 0 keeps none."""
+    """With a `topk` cache: keep this many of the teacher's top-k tokens, as tokens of the student, at chunks that are
+    one token in both tokenizers, for `train.projected_weight`. Tokens that the student lacks, or that it would continue
+    differently (a tokenizer may split numbers into digits, for example), join the tail. 0 keeps none."""
 
     min_border_probability: float = Field(0.9, ge=0, le=1)
-    """A border is reliable where the teacher's probability of the token before it is at least this share of what it
-    gives to that token and to longer ones which the student's vocabulary does not have. Chunks beside other borders are
-    marked, and nothing is learnt from them. 0 keeps all."""
+    """Smallest probability with which a chunk ends at its border. It is the teacher's probability of the token before
+    the border, over that of this token and all longer tokens that begin with it and that the student lacks. Students do
+    not learn from chunks at other borders. A lower value keeps more chunks, with more bias; 0 keeps all."""

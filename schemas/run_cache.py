@@ -45,89 +45,93 @@ OPERATIONAL_ENGINE_ARGS = frozenset(
         "use_tqdm_on_load",
     }
 )
-"""Of vLLM's arguments those that change speed and memory, and of a row at most the rounding."""
+"""The arguments of vLLM that change only speed, memory and at most the rounding of logprobs."""
 
 RecordingName = Literal["sampled", "topk", "chunks"]
-"""How a distribution is kept; the name of a shard set of the cache. `chunks`: as `align` makes them."""
+"""How a distribution is stored, which is also the name of its shard set in a cache. `align` makes `chunks`."""
 
 
 class CacheSettings(Record):
-    """How the teacher's distribution after every token is kept."""
+    """How the teacher's distribution after every token is computed and stored."""
 
     engine: Literal["vllm", "transformers", "server"] = "vllm"
-    """What runs the teacher. `transformers` is the slow reference. `server`: an endpoint with `prompt_logprobs`, as
-    `vllm serve` is one, which knows the teacher as `teacher.served`; for `topk` at temperature 1."""
+    """What runs the teacher. `vllm` is fast. `transformers` is a slow reference that needs no vLLM. `server` asks an
+    endpoint with `prompt_logprobs`, such as `vllm serve`, for the model `teacher.served`, with `recording: topk` and
+    temperature 1 only."""
 
     server: EndpointSettings = Field(default_factory=EndpointSettings, json_schema_extra=OPERATIONAL)
-    """Where the teacher is served, for engine `server`. Whoever serves the same model makes the same cache."""
+    """Address of the server, for `engine: server`. A cache does not depend on which server runs the teacher."""
 
     recording: Literal["sampled", "topk", "both"] = "sampled"
-    """`sampled` keeps ids and counts of systematic samples, an unbiased target. `topk` keeps the top-k tokens and the
-    tail. `both` keeps them side by side from one pass of the teacher; a training takes one, `train.recording`."""
+    """Which form of the distributions is stored. `sampled`: ids and counts of systematic samples, an unbiased target
+    for forward KL at one temperature. `topk`: the top-k tokens and the tail, which reverse KL, JSD and other
+    temperatures need. `both`: the two side by side from one pass of the teacher; `train.recording` then picks one."""
 
     num_samples: int | None = Field(None, ge=1, le=65535)
-    """Samples a token, for `sampled`; 50 where it is left out."""
+    """Samples stored after each token, for `sampled`. More are more exact and take more disk. Left out, 50."""
 
     top_k: int | None = Field(None, ge=1, le=65535)
-    """Tokens kept after each token, for `topk`; 64 where it is left out."""
+    """Most probable tokens stored after each token, for `topk`. More take more disk. Left out, 64."""
 
     profile: Profile | None = None
-    """How exactly logprobs are stored, for `topk`; `near-lossless` where it is left out. `lossless`: 32 bits.
-    `near-lossless`: steps of 1/64 nat. `compact`: 165 steps, finest for likely ids. `small`: as `compact`, and of each
-    token only the ids that hold 99 % of the probability."""
+    """How exactly logprobs are stored, for `topk`, which decides the cache's size on disk. `lossless`: 32 bits.
+    `near-lossless`: steps of 1/64 nat. `compact`: 165 steps, finest for probable tokens. `small`: like `compact`, but
+    only the tokens that together hold 99 % of the probability. Left out, `near-lossless`."""
 
     temperature: float = Field(1.0, gt=0)
-    """The teacher's logits are divided by this before they are kept; students train at the same temperature."""
+    """Temperature by which the teacher's logits are divided before they are stored. Students train at it too."""
 
     extra_temperatures: tuple[float, ...] = ()
-    """Further temperatures at which students can train, for `topk`: the tail is kept at each of them too."""
+    """Further temperatures at which students can train, for `topk`. The tail is stored for each of them."""
 
     seed: int = Field(0, ge=0)
     """Seed of the samples. Each offset is a pure function of seed, sequence and position."""
 
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """The teacher's weights and activations, `auto` as they were saved; the head is computed in float32 in any case."""
+    """Dtype of the teacher's weights and activations; `auto` is the dtype of its checkpoint. The head always computes
+    in float32."""
 
     max_tokens: int | None = Field(None, ge=1)
-    """Stop after this many targets, whole shards. Leave it out to score everything the student may see."""
+    """Stop after this many targets, at the end of a shard. Left out, the student's whole split is scored."""
 
     num_heldout_sequences: int = Field(64, ge=0)
-    """Held-out sequences that are scored beside, rounded up to whole blocks of at most 8192 targets, so that a training
-    can measure how near it comes to the teacher on text that it does not see."""
+    """Held-out sequences that are scored too, rounded up to whole blocks of at most 8192 targets, so that a training
+    can measure its distance from the teacher on text that it does not train on."""
 
     chunk_rows: int = Field(1024, ge=1, json_schema_extra=OPERATIONAL)
-    """Rows of logits held at once: on a GPU memory is at most `chunk_rows` x vocabulary x 18 bytes, 26 with
-    `tensor_parallel`. A GPU that has less left beside `gpu_memory_fraction` is refused."""
+    """Rows of logits held at once. On a GPU they take at most `chunk_rows` x vocabulary x 18 bytes, or 26 bytes with
+    `tensor_parallel` above 1. A GPU is refused if `gpu_memory_fraction` leaves less than that; lower this number
+    then."""
 
     batch_tokens: int = Field(8192, ge=16, json_schema_extra=OPERATIONAL)
-    """Tokens that the engine schedules at once."""
+    """Tokens that the engine processes at once. Fewer take less memory."""
 
     gpu_memory_fraction: float = Field(0.8, gt=0, le=0.95, json_schema_extra=OPERATIONAL)
-    """Share of a GPU's memory that vLLM may claim; what is left over holds the logits of a chunk."""
+    """Share of a GPU's memory that vLLM may take. The rest must hold `chunk_rows` rows of logits."""
 
     tensor_parallel: int = Field(1, ge=1, json_schema_extra=OPERATIONAL)
-    """Devices that vLLM spreads one teacher over. Sums are taken in another order, as with other batches: rows come
-    out equal up to rounding, so this is no other cache."""
+    """Number of devices over which vLLM spreads one teacher that is too large for one. Logprobs are equal up to
+    rounding, so that it does not decide which cache is made."""
 
     capture: Literal["auto", "worker", "public"] = Field("auto", json_schema_extra=OPERATIONAL)
-    """How rows leave vLLM. `worker`: reduced beside the logits. `public`: vLLM's own logprobs, slower, and for `topk`
-    at temperature 1 only. `auto`: `public`, with a warning, where this vLLM is not known to the capture. Rows come out
-    equal up to rounding, so this is no other cache; its manifest names the way beside the engine."""
+    """How distributions leave vLLM. `worker`: reduced on the device, where the logits are. `public`: through vLLM's own
+    logprobs, which is slower and only for `topk` at temperature 1. `auto`: `worker`, or `public` with a warning if this
+    version of vLLM is not supported. Logprobs are equal up to rounding; the manifest says which way was used."""
 
     engine_args: dict[str, JsonValue] = Field(default_factory=dict)
-    """Further arguments of vLLM's `EngineArgs` by their names there, for example `quantization`, `kv_cache_dtype`,
-    `enable_expert_parallel`, `pipeline_parallel_size`, `hf_overrides`, `revision`, `enforce_eager`. They win over
-    capgap's own choice. What would break exactness, and what capgap has a setting for, is refused by name. Those that
-    change speed and memory alone decide nothing about the cache; all others do."""
+    """Further arguments of vLLM's `EngineArgs`, for example `quantization`, `kv_cache_dtype`, `enable_expert_parallel`,
+    `pipeline_parallel_size`, `hf_overrides`, `revision`, `enforce_eager`. They override capgap's own values. Arguments
+    that would make logprobs inexact, or that capgap has a setting for, are refused. Those that change only speed and
+    memory do not decide which cache is made; all others do."""
 
     replicas: int = Field(1, ge=1, json_schema_extra=OPERATIONAL)
-    """Engines that score shards at once, each on GPUs of its own, by Ray: on this machine, or on the cluster that
-    RAY_ADDRESS names. Which replica makes a shard changes nothing in it."""
+    """Engines that score shards at the same time, each on its own GPUs, started by Ray on this machine or on the
+    cluster that RAY_ADDRESS names. A shard is the same whichever replica makes it."""
 
     cross_check: Literal["auto", "never"] = Field("auto", json_schema_extra=OPERATIONAL)
-    """Hold vLLM against transformers, through which eval and pruning look at the teacher, before the first shard.
-    `auto`: where the teacher fits on the device in float32. It is loaded there in float32 and in the cache's dtype, one
-    after the other, for four sequences and 4096 tokens, or one sequence of at most 8192."""
+    """Compare vLLM's logprobs with those of transformers, which eval and pruning use for the teacher, before the first
+    shard. `auto`: if the teacher fits on the device in float32. transformers loads it in float32 and then in the
+    cache's dtype, for four sequences of 4096 tokens together, or one sequence of at most 8192."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -159,7 +163,7 @@ class CacheSettings(Record):
         return self
 
     def _require_served(self) -> None:
-        """Raise ValueError for what a server cannot give, or decides by itself."""
+        """Raise ValueError for a setting that a server does not support or that the server decides itself."""
         if self.recording != "topk":
             raise ValueError(
                 f"cache.recording: found {self.recording} with engine server, expected topk; a server gives the top-k "
@@ -177,11 +181,11 @@ class CacheSettings(Record):
 
     @property
     def recordings(self) -> tuple[RecordingName, ...]:
-        """What is kept, by name."""
+        """The recordings that are stored: `sampled`, `topk` or both."""
         return ("sampled", "topk") if self.recording == "both" else (self.recording,)
 
     def num_ids(self, recording: RecordingName) -> int:
-        """Samples a token (`sampled`) or ids kept a token (`topk`); 0 for a recording that is not made."""
+        """Return the samples (`sampled`) or ids (`topk`) stored per token; 0 for a recording that is not stored."""
         if recording not in self.recordings:
             return 0
         if recording == "sampled":
@@ -190,12 +194,12 @@ class CacheSettings(Record):
 
     @property
     def stored_profile(self) -> Profile | None:
-        """The profile of `topk`, None without it."""
+        """The profile of `topk`, with its default; None if `topk` is not stored."""
         return None if "topk" not in self.recordings else self.profile or "near-lossless"
 
     @property
     def num_devices(self) -> int:
-        """Devices that one engine takes; none where the teacher is served elsewhere."""
+        """Number of devices of one engine; 0 if a server runs the teacher."""
         if self.engine == "server":
             return 0
         stages = self.engine_args.get("pipeline_parallel_size", 1)
@@ -204,11 +208,11 @@ class CacheSettings(Record):
 
     @property
     def sorted_temperatures(self) -> tuple[float, ...]:
-        """The further temperatures, rising."""
+        """The values of `extra_temperatures` in ascending order."""
         return tuple(sorted(self.extra_temperatures))
 
     def meant(self) -> dict[str, Any]:
-        """Numbers of ids and the profile where they were left out; what only changes speed decides nothing."""
+        """Return numbers of ids and profile with their defaults, and those `engine_args` that change the result."""
         return {
             "num_samples": self.num_ids("sampled") or None,
             "top_k": self.num_ids("topk") or None,

@@ -11,144 +11,150 @@ from capgap.schemas.base import OPERATIONAL, Record
 _MOST_SHARD_SEQUENCES, _SHARD_TOKENS = 1024, 2**21
 
 ContextRule = Literal["packed", "document"]
-"""What a model sees before a token: all of the packed sequence, or its own document alone."""
+"""What a model sees before a token: all earlier tokens of the packed sequence, or those of the same document alone."""
 
 
 BosRule = Literal["auto", "never", "always"]
-"""Whether a document begins with the token that begins texts."""
+"""Whether every document begins with the beginning-of-sequence token."""
 
 
 class ExtendVocabularySettings(Record):
-    """Further pieces for a given BPE tokenizer; its own keep their ids and their meaning."""
+    """Additional tokens for a given BPE tokenizer. The tokens that it has keep their ids and their meaning."""
 
     num_pieces: int = Field(ge=1)
-    """New pieces at most."""
+    """Largest number of tokens to add."""
 
     sources: tuple[str, ...] | None = Field(None, min_length=1)
-    """Text that they are learnt from, as `corpus.sources`; the corpus's own, without what is held out, where it is left
-    out."""
+    """Text from which the new tokens are learnt, given like `corpus.sources`. Left out, the corpus's own text without
+    its held-out part."""
 
     min_frequency: int = Field(2, ge=1)
-    """A piece is made only where its two halves stand side by side at least that often."""
+    """Smallest number of times that two tokens must stand side by side in the text before they are merged into one."""
 
 
 SplitName = Literal["teacher", "student", "heldout"]
-"""Who sees a part of the text: the teacher that is trained, the student, or nobody before the end."""
+"""The part of the text that trains the teacher, that trains the student, or that is held out from training."""
 
 
 class SourceSettings(Record):
-    """One of several texts that a corpus is mixed of."""
+    """One source of a corpus that mixes several."""
 
     paths: tuple[str, ...] = Field(min_length=1)
     """Files, folders, globs or URLs, as in `corpus.sources`."""
 
     weight: float | None = Field(None, gt=0)
-    """How much text there is of it beside the others that have a weight, in bytes: 3 and 1 make three quarters and a
-    quarter. The text that is short for its weight is taken whole, and of the others a part; none is repeated. Which
-    documents are taken follows from their text alone."""
+    """Share of this source among all sources that have a weight, by bytes of text: weights 3 and 1 give three quarters
+    and one quarter. The source that has too little text for its weight is used whole, the others in part; no text is
+    repeated. A digest of each document decides whether it is used."""
 
     max_tokens: int | None = Field(None, ge=1)
-    """Tokens that are taken of it at most, up to the end of a unit."""
+    """Stop reading this source after this many tokens, at the end of the unit that reaches them."""
 
     text_field: str | None = None
-    """The field or column that holds its text; `corpus.text_field` where it is left out."""
+    """Field or column of a record that holds the text. Left out, `corpus.text_field`."""
 
 
 class CorpusSettings(Record):
-    """Which text, how it becomes tokens, and who may see which part of it."""
+    """Which text is used, how it becomes tokens, and which parts of it train the teacher, the student, or neither."""
 
     sources: tuple[str, ...] = ("builtin:python",)
-    """Files, folders, globs or URLs (s3://, gs://, hf://datasets/, https:// and so on): .txt .md .rst .py (a document
-    each); .jsonl .ndjson .json .csv .tsv .parquet .arrow .feather (a document a record); with .gz .bz2 .xz .zst behind
-    any but the last three. Of a folder, hidden files, licences and dataset cards are left out. `builtin:python` is the
-    text that every CPython carries."""
+    """Files, folders, globs or URLs of the text. URLs begin with s3://, gs://, hf://datasets/, https:// and so on. A
+    .txt, .md, .rst or .py file is one document; .jsonl, .ndjson, .json, .csv, .tsv, .parquet, .arrow and .feather hold
+    one document per record. All but the last three may also end in .gz, .bz2, .xz or .zst. In a folder, hidden files,
+    licences and dataset cards are skipped. `builtin:python` is the source and help text of Python's standard library,
+    for trials."""
 
     mixture: dict[str, SourceSettings] = Field(default_factory=dict)
-    """In the place of `sources`: several of them by name, each with `paths`, a `weight` or `max_tokens`, and a
-    `text_field` of its own. Units of all of them follow one another from the beginning to the end."""
+    """Several sources by name, instead of `sources`. Each has `paths`, and may have a `weight` or `max_tokens`, and its
+    own `text_field`. The corpus interleaves the units of all sources from its beginning to its end."""
 
     text_field: str = "text"
-    """The field or column of a record that holds the text."""
+    """Field or column of a record that holds the text."""
 
     messages_field: str | None = Field(None, min_length=1)
-    """The field of a record that holds a conversation; left out, records are text. `auto`: each record's own fields say
-    where it is, the first of `messages`, `conversations` and `conversation`, or else a question (`prompt`,
-    `instruction`, `question` or `query`) and its answer (`completion`, `output`, `response`, `answer` or `chosen`).
-    Turns may have OpenAI's form, ShareGPT's or MiniChat's, or be texts, the user's first; `tools`, `system` and
-    `history` beside them are used. The tokenizer's chat template turns it into tokens, those that the assistant says
-    are learnt and measured, and the others only read; the template must mark them, with `{% generation %}`."""
+    """Field of a record that holds a conversation. Left out, records are plain text. `auto` finds the conversation in
+    each record: in the first of `messages`, `conversations` and `conversation`, else as a question (`prompt`,
+    `instruction`, `question` or `query`) with an answer (`completion`, `output`, `response`, `answer` or `chosen`).
+    Turns may have the form of OpenAI, ShareGPT or MiniChat, or be plain texts that begin with the user's; `tools`,
+    `system` and `history` beside them are used. The tokenizer's chat template turns a conversation into tokens. Only
+    the assistant's tokens are learnt and measured, so the template must mark them with `{% generation %}`."""
 
     on_bad_record: Literal["stop", "skip"] = Field("stop", json_schema_extra=OPERATIONAL)
-    """What happens where a record cannot be used: no text in it, not JSON, an answer without a word, a conversation
-    that the chat template refuses. `skip` leaves it out, counts it, and names the first twenty."""
+    """What to do with a record that cannot be used: one without text, invalid JSON, an empty answer, a conversation
+    that the chat template refuses. `stop` ends the stage. `skip` leaves the record out, counts it and logs the first
+    20."""
 
     max_bad_fraction: float = Field(0.01, gt=0, lt=1, json_schema_extra=OPERATIONAL)
-    """With `skip`: share of the records that may be bad. More is an error."""
+    """With `on_bad_record: skip`: largest share of the records that may be bad. More is an error."""
 
     on_damaged_file: Literal["stop", "skip"] = Field("stop", json_schema_extra=OPERATIONAL)
-    """What happens where a file of records cannot be read to its end, or is gone or changed since the sources were
-    listed. `skip` leaves out what comes after the damage in that unit, counts it, and names the file."""
+    """What to do with a file of records that cannot be read to its end, or that was removed or changed after the
+    sources were listed. `stop` ends the stage. `skip` leaves out the rest of the unit after the damage, counts it and
+    logs the file."""
 
     whole_conversations: bool = False
-    """With `messages_field` and context `document`: a sequence holds whole conversations, and padding that does not
-    count, and a longer one is cut after the last answer that ends within. The template need not mark answers where they
-    can be told without. Otherwise conversations are joined like texts, and cut where a sequence ends."""
+    """Fill each sequence with whole conversations, and with padding that does not count, as `tune` needs them. Needs
+    `messages_field` and `context: document`. A conversation longer than a sequence is cut after its last answer that
+    fits. The template need not mark answers if they can be found without marks. If false, conversations are joined like
+    texts and cut where a sequence ends."""
 
     tokenizer: str | None = None
-    """A Hugging Face folder or id. Leave it out to train a byte-level BPE tokenizer of `vocab_size` entries."""
+    """Folder or Hugging Face id of the tokenizer. Left out, a byte-level BPE tokenizer is trained (`vocab_size`)."""
 
     vocab_size: int | None = Field(None, ge=300, le=1 << 24)
-    """Entries of a tokenizer trained on the text; 4096 where neither this nor `tokenizer` is given."""
+    """Number of tokens of the tokenizer that is trained on the text when no `tokenizer` is given. Left out, 4096."""
 
     extend_vocabulary: ExtendVocabularySettings | None = None
-    """Extends the given tokenizer by pieces of new text (a BPE one whose learning is continued: arXiv 2512.03989). A
-    given teacher then needs `teacher.adapt`."""
+    """Add tokens for new text to the given BPE tokenizer by continuing its BPE training (arXiv 2512.03989). A given
+    teacher then needs `teacher.adapt`, to learn the new tokens."""
 
     bos: BosRule = "auto"
-    """Whether every document begins with the tokenizer's beginning-of-sequence token, which is read and never learnt.
-    `auto`: where the tokenizer's post-processor or `add_bos_token` puts one; and where its files say nothing of it, as
-    those made of GGUF, if the model's family (`config.json` beside the tokenizer) is known to be trained with one. A
-    conversation begins as its chat template says, but with `always`. The rest of a document that is split over
-    sequences begins with it too."""
+    """Whether every document begins with the tokenizer's beginning-of-sequence (BOS) token, which is read and never
+    learnt. `auto`: if the tokenizer's post-processor or `add_bos_token` adds one, or, if its files do not say (as those
+    made from GGUF), if the model's family (`config.json` beside the tokenizer) is known to be trained with one. Except
+    with `always`, the chat template decides how a conversation begins. When a document is split over several sequences,
+    each of its later parts begins with the token too."""
 
     seq_len: int = Field(256, ge=8)
-    """Targets per sequence. A packed sequence has one token more."""
+    """Targets per sequence, which is the context length in training. A packed sequence has one token more."""
 
     long_documents: Literal["split", "drop", "refuse"] = "split"
-    """What happens to a document longer than a sequence: split over several, left out and counted, or an error."""
+    """What to do with a document longer than a sequence: `split` it over several sequences, `drop` and count it, or
+    `refuse` it with an error."""
 
     context: ContextRule = "packed"
-    """What a model sees before a token, when it scores, trains and is measured. `packed`: all of the sequence, across
-    documents. `document`: its own document alone, from position 0, which a student's architecture must be able to do
-    within a packed sequence. After a document's last token the target is the next document's first in either case."""
+    """What a model sees before a token, in scoring, training and eval. `packed`: all earlier tokens of the
+    sequence, across documents. `document`: its own document alone, with positions from 0; the student's architecture
+    must support that within a packed sequence. With both, the target after a document's last token is the first token
+    of the next document."""
 
     teacher_fraction: float = Field(0.7, ge=0, lt=1)
-    """Share of the documents that trains the teacher and that the student never sees. 0 for a given teacher."""
+    """Share of the documents that trains the teacher and not the student. Set it to 0 for a given teacher."""
 
     heldout_fraction: float = Field(0.06, gt=0, lt=1)
-    """Share of the documents that nobody trains on. The rest is the student's."""
+    """Share of the documents that no model trains on. The student trains on what is left."""
 
     shard_sequences: int | None = Field(None, ge=1)
-    """Sequences in one shard, the unit of work, retry and verification. Where it is left out, 1024, and of sequences
-    longer than 2048 as many as make two million tokens."""
+    """Sequences in one shard, the unit of work, retry and verification. Left out, 1024, or fewer if `seq_len` is above
+    2048, so that a shard holds about two million tokens."""
 
     max_tokens: dict[SplitName, Annotated[int, Field(ge=1)]] = Field(default_factory=dict)
-    """Tokens of a split at most, for example `{student: 1000000000}`, in whole shards: what is not needed is not
-    tokenized. Where each split with a share has a limit, the sources are read no further than that."""
+    """Stop each split after this many tokens, at the end of the shard that reaches them, for example
+    `{student: 1000000000}`. If every split with a share has a limit, the sources are not read any further."""
 
     dedup: Literal["unit", "all"] = "unit"
-    """How far a text is looked for that was there before, letter for letter: in its unit, or in all of the sources,
-    which are read once more for that. A repeated text never reaches two splits in either case. Conversations are the
-    same where the same is said in them, whatever ids, times and weights stand beside it."""
+    """Where to look for exact repetitions of a text, of which the first is kept: within its `unit`, or in `all`
+    sources, which are then read twice. With both, a repeated text never reaches two splits. Two conversations are equal
+    if the same is said in them; ids, times and weights of the messages do not count."""
 
     unit_bytes: int = Field(64 << 20, ge=1)
-    """Bytes of the sources that are read, packed and written by themselves: the unit of work in which the stage goes on
-    after a kill, and which workers and slices share. Files of lines are cut at line ends and Parquet between row
-    groups; any other file is in one unit. No sequence goes over the end of a unit."""
+    """Bytes of the sources in one unit of work. Each unit is read, packed and written by itself; a killed stage resumes
+    with the units that are missing, and workers and slices share the units. Files of lines are cut at line ends and
+    Parquet files between row groups; any other file is one unit. No sequence spans two units."""
 
     workers: int = Field(1, ge=1, json_schema_extra=OPERATIONAL)
-    """Processes that make units at the same time: on this machine, or on the Ray cluster that RAY_ADDRESS names. The
-    result is the same whatever their number."""
+    """Processes that make units at the same time, on this machine or on the Ray cluster that RAY_ADDRESS names. The
+    corpus is the same for any number."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -191,29 +197,29 @@ class CorpusSettings(Record):
 
     @property
     def named_sources(self) -> list[tuple[str, SourceSettings]]:
-        """Every source with its name, which is what stands in the list where there is no mixture."""
+        """Every source with its name. Without a mixture, the name is the source's entry in `sources`."""
         if self.mixture:
             return list(self.mixture.items())
         return [(source, SourceSettings(paths=(source,))) for source in self.sources]
 
     @property
     def paths(self) -> tuple[str, ...]:
-        """Files, folders, globs and URLs of all sources."""
+        """The files, folders, globs and URLs of all sources."""
         return tuple(path for _, source in self.named_sources for path in source.paths)
 
     @property
     def trained_vocab_size(self) -> int:
-        """Entries of the tokenizer that is trained where none is given."""
+        """Number of tokens of the tokenizer that is trained if none is given."""
         return self.vocab_size if self.vocab_size is not None else 4096
 
     @property
     def sequences_per_shard(self) -> int:
-        """Sequences in one shard; a shard of the default holds at most about two million tokens."""
+        """Number of sequences in one shard; by default a shard holds at most about two million tokens."""
         if self.shard_sequences is not None:
             return self.shard_sequences
         return min(_MOST_SHARD_SEQUENCES, max(1, _SHARD_TOKENS // self.seq_len))
 
     def meant(self) -> dict[str, Any]:
-        """The vocabulary's size, where a tokenizer is trained, and the size of a shard."""
+        """Return the number of sequences in a shard and, if a tokenizer is trained, the size of its vocabulary."""
         vocabulary = {} if self.tokenizer else {"vocab_size": self.trained_vocab_size}
         return {"shard_sequences": self.sequences_per_shard} | vocabulary

@@ -1,4 +1,4 @@
-"""Settings of an endpoint of OpenAI's form: where a model is served, and how it is asked."""
+"""Settings of an OpenAI-compatible endpoint: where a server runs a model, and how it is asked."""
 
 from __future__ import annotations
 
@@ -11,31 +11,31 @@ from capgap.schemas.base import OPERATIONAL, Record
 
 
 class EndpointSettings(Record):
-    """A model that is served, on this machine or elsewhere."""
+    """A model that a server runs, on this machine or elsewhere."""
 
     base_url: str = Field("http://localhost:8000/v1", json_schema_extra=OPERATIONAL)
-    """Where an endpoint of OpenAI's form stands; the default is that of `vllm serve`."""
+    """Address of an OpenAI-compatible endpoint. The default is that of `vllm serve` on this machine."""
 
     api_key_env: str = Field("OPENAI_API_KEY", json_schema_extra=OPERATIONAL)
-    """Environment variable that holds the key. The key itself is never written anywhere."""
+    """Name of the environment variable that holds the API key. The key itself is never written anywhere."""
 
     num_parallel: int = Field(4, ge=1, json_schema_extra=OPERATIONAL)
-    """Requests that are under way at once."""
+    """Number of requests sent at the same time."""
 
     timeout_s: float = Field(120.0, gt=0, json_schema_extra=OPERATIONAL)
-    """Seconds that one reply may take."""
+    """Longest time to wait for one reply, in seconds."""
 
     num_retries: int = Field(5, ge=0, json_schema_extra=OPERATIONAL)
-    """How often a request is sent again after a timeout, a lost connection, 429 or 5xx: after the time that the
-    endpoint asks for, up to two minutes, else after 0.5 s, and twice as long each time, up to 8 s."""
+    """How often a request is repeated after a timeout, a lost connection or the status 429 or 5xx. It waits as long as
+    the endpoint requests, up to two minutes, or else 0.5 s, then twice as long each time, up to 8 s."""
 
     def require_no_key(self, section: str) -> None:
-        """Raise ValueError where an address or a name could be, or hold, a key; what stands there is not repeated.
+        """Raise ValueError if `base_url` or `api_key_env` may hold a key, without repeating its value.
 
-        Called by the run file: an error that arises here would be told with what was found.
+        The run file calls this, because an error of a validator of this class would be reported with the value found.
 
         Args:
-            section: that these settings are, for the error.
+            section: name of the section that these settings are in, for the error.
         """
         parts = urlsplit(self.base_url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
@@ -43,7 +43,7 @@ class EndpointSettings(Record):
         if parts.username or parts.password or parts.query or parts.fragment:
             raise ValueError(
                 f"{section}.base_url: found more than an address, expected no name, no password and no query; "
-                f"the key belongs into the environment variable that {section}.api_key_env names"
+                f"put the key into the environment variable that {section}.api_key_env names"
             )
         if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", self.api_key_env):
             raise ValueError(

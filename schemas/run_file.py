@@ -1,10 +1,10 @@
-"""The run file: the one YAML that names every stage of a run and is the only place where a setting is defined.
+"""The run file: the YAML file that names every stage of a run, and the only place where settings are defined.
 
     run file --> stage instances --> one folder each under `out`, with a manifest
 
-**The run file follows the use.** A section that is written asks for its stage; one that is left out is not made and not
-asked for. `corpus`, `teacher` and `cache` alone make shards; `reuse: {cache: ...}`, `student` and `train` train from
-shards that are there. In Python every section has its defaults; `has` says whether a run has the stage.
+**The sections decide which stages run.** A section that is written requests its stage; without the section, the stage
+does not run. `corpus`, `teacher` and `cache` alone make shards; `reuse: {cache: ...}`, `student` and `train` train from
+shards that exist already. In Python every section has its defaults; `has` says whether a run has the stage.
 
 Flags of the command line are derived from these models (`--train.learning_rate 1e-3`) and win over the YAML.
 """
@@ -21,7 +21,7 @@ from capgap.schemas.run_sections import RunSections
 
 
 class RunFile(RunSections):
-    """Every setting of a run, checked against one another."""
+    """Every setting of a run, with checks that settings of different sections fit together."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -13,25 +13,25 @@ from capgap.schemas.run_quantize import QuantizeSettings
 
 
 class ModelShape(Record):
-    """A Llama-shaped model with fresh weights; its vocabulary comes from the corpus."""
+    """A model of the Llama architecture with fresh, random weights; its vocabulary comes from the corpus."""
 
     hidden_size: int = Field(192, ge=8)
-    """Width."""
+    """Width of the hidden states. It must be a multiple of 2 x `num_heads`."""
 
     num_layers: int = Field(4, ge=1)
-    """Depth."""
+    """Number of decoder layers."""
 
     num_heads: int = Field(6, ge=1)
-    """Query heads; must divide `hidden_size`."""
+    """Query heads of a layer. 2 x `num_heads` must divide `hidden_size`."""
 
     num_key_value_heads: int | None = Field(None, ge=1)
-    """Key and value heads; as many as query heads where it is left out."""
+    """Key and value heads of a layer; must divide `num_heads`. Left out, as many as query heads."""
 
     intermediate_size: int = Field(512, ge=8)
     """Width of the feed-forward layers."""
 
     tie_word_embeddings: bool = True
-    """One matrix for embedding and head."""
+    """Use one matrix as both embedding and head, which saves parameters in small models."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -47,47 +47,48 @@ class ModelShape(Record):
 
 
 class AdaptSettings(OptimizationSettings):
-    """How a given teacher goes on to be trained, with cross-entropy alone, on the corpus's text for teachers."""
+    """How a given teacher is trained further, with cross-entropy alone, on the corpus's split for the teacher."""
 
     learning_rate: float = Field(3e-5, gt=0)
     """Peak learning rate."""
 
     pad_to_multiple_of: int | None = Field(None, ge=1)
-    """Rows of embedding and head are filled up to a multiple of this; no token has a filler's id. No more rows than the
-    vocabulary needs, or the teacher has, where it is left out."""
+    """Pad the rows of embedding and head to a multiple of this number, for example 64 for speed on a GPU. Padding rows
+    belong to no token. Left out, there are as many rows as the vocabulary needs or the teacher already has."""
 
 
 class TeacherSettings(Record):
-    """A given teacher (`path`), perhaps adapted, one that is served elsewhere (`served`), or the recipe of a small one
-    (`model` and `training`)."""
+    """A given teacher (`path`, perhaps with `adapt`), a teacher that a server runs (`served`), or a small teacher to
+    train here (`model` and `training`)."""
 
     path: str | None = None
-    """A Hugging Face folder or id."""
+    """Folder or Hugging Face id of the teacher."""
 
     served: str | None = Field(None, min_length=1)
-    """The name by which the server at `cache.server` knows the teacher, for `cache.engine: server`. Its weights are not
-    needed here: `path` may name its configuration and tokenizer, so that they are checked, or be left out."""
+    """Name of the teacher at `cache.server`, for `cache.engine: server`. The weights are not needed on this
+    machine. `path` may name a folder with its configuration and tokenizer, which are then checked, or be left out."""
 
     model: ModelShape | None = None
-    """Shape of a teacher to train on the teacher's part of the corpus."""
+    """Shape of a new teacher, trained on the corpus's split for the teacher."""
 
     training: OptimizationSettings | None = None
-    """How that teacher is trained."""
+    """How the new teacher of `model` is trained."""
 
     adapt: AdaptSettings | None = None
-    """Trains the teacher at `path` further on the teacher's part of the corpus before it is asked: to a vocabulary that
-    `corpus.extend_vocabulary` has extended, or, with few tokens, to the corpus's kind of text ("teacher correction",
-    arXiv 2408.11796). The result is a folder of this run; the model at `path` stays as it is."""
+    """Train the teacher at `path` further before it scores. On the corpus's split for the teacher it learns a
+    vocabulary extended by `corpus.extend_vocabulary`, or, with few tokens, adjusts to the corpus's kind of text
+    ("teacher correction", arXiv 2408.11796). The result is a folder of this run; the model at `path` is not changed."""
 
     home_loss: float | None = Field(None, gt=0, json_schema_extra=OPERATIONAL)
-    """Mean loss of the teacher at `path` on text like that it was trained on, nats/token, where you know it: `capgap
-    plan` then says whether its loss on this corpus lies far above."""
+    """Mean loss, in nats/token, of the teacher at `path` on text like its training text, if you know it. `capgap plan`
+    then warns when its loss on this corpus is far above."""
 
     seed: int = Field(0, ge=0)
-    """Seed of its weights and data order."""
+    """Seed of the new teacher's weights and of its data order."""
 
     trust_remote_code: bool = False
-    """Run the Python code that comes with the model at `path`. Whoever wrote it may do anything that you may."""
+    """Run the Python code that comes with the model at `path`. That code can do anything that you can, so set this only
+    if you trust its author."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -101,47 +102,50 @@ class TeacherSettings(Record):
         if self.served is not None:
             for name in ("model", "training", "adapt"):
                 if getattr(self, name) is not None:
-                    raise ValueError(f"teacher.{name}: found with teacher.served, expected a teacher that is whole")
+                    raise ValueError(
+                        f"teacher.{name}: found with teacher.served, expected none; a server runs a finished teacher"
+                    )
         return self
 
     @property
     def recipe(self) -> OptimizationSettings:
-        """How a teacher with fresh weights is trained."""
+        """How a new teacher is trained: `training`, with its default."""
         return self.training if self.training is not None else OptimizationSettings()
 
     @property
     def optimization(self) -> OptimizationSettings | None:
-        """Settings of the training that the stage is; None where a given teacher is taken as it is."""
+        """Settings of the training that the teacher stage runs; None if a given teacher is used unchanged."""
         return self.adapt if self.is_given else self.recipe
 
     @property
     def is_given(self) -> bool:
-        """Whether somebody else made the teacher."""
+        """Whether the teacher exists before the run, as a folder, an id or a server's model."""
         return self.path is not None or self.served is not None
 
     def meant(self) -> dict[str, Any]:
-        """The recipe, where a teacher with fresh weights has none of its own."""
+        """Return the settings by which a new teacher is trained, so that leaving out `training` means its default."""
         return {} if self.is_given else {"training": self.recipe.decisive()}
 
 
 class StudentSettings(Record):
-    """Where the student's first weights come from."""
+    """Where the student's initial weights come from: one of `path`, `model` and `prune`."""
 
     path: str | None = None
-    """A Hugging Face folder or id to start from."""
+    """Folder or Hugging Face id of a model to start from."""
 
     model: ModelShape | None = None
-    """Shape of a student with fresh weights."""
+    """Shape of a student with fresh, random weights."""
 
     prune: PruneSettings | None = None
-    """The shape that the teacher is pruned to."""
+    """Make the student from the teacher, pruned to the shape given here."""
 
     quantize: QuantizeSettings | None = None
-    """The format of few bits that the student is made, trained and saved in, beside `path`, `model` or `prune`; none
-    where it is left out."""
+    """Low-bit format in which the student is trained and saved, beside `path`, `model` or `prune`. Left out, the
+    student is not quantised."""
 
     trust_remote_code: bool = False
-    """Run the Python code that comes with the model at `path`. Whoever wrote it may do anything that you may."""
+    """Run the Python code that comes with the model at `path`. That code can do anything that you can, so set this only
+    if you trust its author."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -1,4 +1,4 @@
-"""What the sections of a run file need of one another: a cache its teacher, a training its cache, a loss its recording.
+"""Checks between the sections of a run file: a cache needs a teacher, a training a cache, a loss its recording.
 
 Every message begins with the setting at fault, says what was found and expected, and what to write.
 """
@@ -11,7 +11,7 @@ from capgap.schemas.run_train import SUPPORTED_TAILS, TrainSettings
 
 
 def require_needs(run: RunSections) -> None:
-    """Raise ValueError where a section lacks another one, or contradicts it."""
+    """Raise ValueError if a section needs another section that is missing, or contradicts it."""
     if not run.sections:
         raise ValueError(
             "found no section, expected at least one that asks for a stage, for example corpus, teacher and cache "
@@ -51,12 +51,12 @@ def _require_teacher_model(run: RunSections, found: str, purpose: str) -> None:
         raise ValueError(f"{found} without a teacher {purpose}, expected {_given('teacher')} beside it")
     if not run.has_teacher_model:
         raise ValueError(
-            f"{found} with teacher.served, expected a teacher {purpose} on this machine; a server gives no model"
+            f"{found} with teacher.served, expected a teacher {purpose} on this machine; a server gives only logprobs"
         )
 
 
 def _require_server(run: RunSections) -> None:
-    """A teacher that is served has a server, and a server has such a teacher."""
+    """Raise ValueError unless `cache.engine: server` and `teacher.served` are both given or both left out."""
     if not run.makes("cache") or not run.makes("teacher"):
         return
     if run.cache.engine == "server" and run.teacher.served is None:
@@ -70,21 +70,21 @@ def _require_server(run: RunSections) -> None:
 
 
 def _require_align(run: RunSections) -> None:
-    """What students of another tokenizer than the teacher's cannot have."""
+    """Raise ValueError for settings that a run with `align` does not support, as its student has another tokenizer."""
     if run.align is None:
         return
     _require(run, "align", "cache")
     if run.makes("cache") and run.cache.temperature != 1:
         raise ValueError(
-            f"cache.temperature: found {run.cache.temperature:g} with align, expected 1, where chunks have a likelihood"
+            f"cache.temperature: found {run.cache.temperature:g} with align, expected 1; chunks have no likelihood else"
         )
     if run.tune is not None and run.tune.cache == "own":
         raise ValueError("tune.cache: found own with align, expected none; an aligned cache holds no conversations")
     if run.makes("student") and run.student.prune is not None:
-        raise ValueError("student.prune: found with align, expected path or model; a pruned teacher has its tokens")
+        raise ValueError("student.prune: found with align, expected path or model; pruning keeps the tokenizer")
     if run.makes("eval") and (run.eval.teacher == "live" or run.eval.speculative is not None):
         name = "teacher" if run.eval.teacher == "live" else "speculative"
-        raise ValueError(f"eval.{name}: found with align, expected none; teacher and student have other tokens")
+        raise ValueError(f"eval.{name}: found with align, expected none; the student has another tokenizer")
 
 
 def _require_text(run: RunSections, section: str) -> None:
@@ -93,15 +93,15 @@ def _require_text(run: RunSections, section: str) -> None:
 
 
 def _require_rounds(run: RunSections) -> None:
-    """What rounds need, and what contradicts them."""
+    """Raise ValueError for sections that rounds need and that are missing, and for settings that contradict rounds."""
     rounds = run.rounds
     if rounds is None:
         return
     if run.align is not None:
-        raise ValueError("rounds: found with align, expected one of them; who writes and who scores share a tokenizer")
+        raise ValueError("rounds: found with align, expected one of them; writer and scorer must share a tokenizer")
     if "cache" in run.reuse:
         raise ValueError(
-            "reuse.cache: found with rounds, expected none: their caches are made here; train.caches mixes in others"
+            "reuse.cache: found with rounds, expected none; rounds make their own caches, and train.caches adds others"
         )
     for section in ("corpus", "teacher", "cache", "student", "train"):
         if not run.has(section):
@@ -147,7 +147,7 @@ def _require_arm(run: RunSections, arm: str) -> None:
     if settings.needs_teacher:
         _require_teacher_model(run, f"arms.{arm}.targets: found online", "to ask")
     if settings.later_learning_rate is not None and run.rounds is None:
-        raise ValueError(f"arms.{arm}.later_learning_rate: found without rounds, expected them, or learning_rate alone")
+        raise ValueError(f"arms.{arm}.later_learning_rate: found without rounds, expected a section rounds beside it")
     if settings.divergence == "policy_gradient":
         _require_written(run, f"arms.{arm}.divergence: found policy_gradient")
     if run.makes("align"):
@@ -162,25 +162,25 @@ def _require_arm(run: RunSections, arm: str) -> None:
 
 
 def _require_written(run: RunSections, found: str) -> None:
-    """A policy gradient needs text whose writer's logprobs are those by which it was sampled."""
+    """Raise ValueError unless the run has rounds whose stored logprobs are those from which the text was sampled."""
     rounds = run.rounds
     if rounds is None:
         raise ValueError(f"{found} without rounds, expected them: text that students wrote, with their logprobs")
     if (rounds.temperature, rounds.top_p) != (1, 1):
         raise ValueError(
             f"{found} with rounds.temperature {rounds.temperature:g} and rounds.top_p {rounds.top_p:g}, expected 1 and "
-            "1, where a token's logprob says how it was sampled"
+            "1; otherwise the stored logprobs are not those by which tokens were sampled"
         )
     if run.cache.temperature != 1:
         raise ValueError(f"{found} with cache.temperature {run.cache.temperature:g}, expected 1")
 
 
 def require_chunks(where: str, settings: TrainSettings) -> None:
-    """Raise ValueError for what no loss of chunks has; `where` names the settings."""
+    """Raise ValueError for settings that the loss of an aligned cache does not support; `where` names the settings."""
     if settings.recording not in (None, "chunks"):
         raise ValueError(f"{where}.recording: found {settings.recording} with an aligned cache, expected chunks")
     if settings.needs_teacher:
-        raise ValueError(f"{where}.targets: found online with an aligned cache, expected cache; the tokens are others")
+        raise ValueError(f"{where}.targets: found online with an aligned cache, expected cache; the tokenizers differ")
     if not settings.needs_targets:
         return
     if settings.divergence == "jsd":
@@ -192,7 +192,7 @@ def require_chunks(where: str, settings: TrainSettings) -> None:
 
 
 def _require_recorded(arm: str, settings: TrainSettings, cache: CacheSettings) -> None:
-    """What an arm asks of the run's own cache, before that is made."""
+    """Raise ValueError if an arm needs something of the run's own cache that the cache will not hold."""
     where = f"arms.{arm}"
     if settings.counted_projected_weight > 0:
         raise ValueError(
@@ -210,7 +210,8 @@ def _require_recorded(arm: str, settings: TrainSettings, cache: CacheSettings) -
         raise ValueError(f"{where}.recording: found none named, expected one of {', '.join(cache.recordings)}")
     recording = recording or cache.recordings[0]
     fix = "set cache.recording to topk, or leave the setting out"
-    # any recording has the teacher's logprob of the token, and what forward KL asks for
+    # policy_gradient is checked as forward_kl: it needs only the teacher's logprob of the token, which every recording
+    # has, and learns the teacher's text by forward KL
     divergence = "forward_kl" if settings.divergence == "policy_gradient" else settings.divergence
     divergences = [one for known, one in SUPPORTED_TAILS if known == recording]
     tails = SUPPORTED_TAILS.get((recording, divergence), ())

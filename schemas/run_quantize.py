@@ -1,4 +1,4 @@
-"""Settings of a student whose linear layers compute with few bits."""
+"""Settings of a student whose linear layers are quantised to few bits."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from pydantic import Field, model_validator
 from capgap.schemas.base import OPERATIONAL, Record
 
 LowBitFormat = Literal["int8", "int4", "fp8", "mxfp4", "nvfp4"]
-"""How the numbers of a linear layer are kept."""
+"""The number format of a quantised linear layer."""
 
 GroupSize = Literal[32, 64, 128]
-"""Those that vLLM's kernels for int4 take."""
+"""The group sizes that vLLM's int4 kernels support."""
 
 _DEFAULT_GROUP_SIZE: GroupSize = 128
 _WEIGHTS_ALONE = ("int4", "mxfp4", "nvfp4")
@@ -20,40 +20,41 @@ _EMBEDDED = ("int8", "int4")
 
 
 class QuantizeSettings(Record):
-    """The format of the student's linear layers, and by choice of its head and embedding. Norms and biases keep the
-    precision of the training."""
+    """The number format of the student's linear layers and, if requested, of its head and embedding. Norms and biases
+    keep the precision of the training."""
 
     format: LowBitFormat
-    """`int8`: weights by output channel, activations by token. `fp8`: the same in E4M3. `int4`: weights alone, in
-    groups of `group_size` inputs. `mxfp4`: weights and activations in groups of 32 that share a power of two. `nvfp4`:
-    weights and activations in groups of 16 that share an FP8 scale, and one scale for the whole matrix; that of the
-    activations is measured once, on `num_sequences`."""
+    """Number format. `int8`: 8-bit integers, one scale per output channel of the weights and per token of the
+    activations. `fp8`: the same in E4M3. `int4`: 4-bit integers, weights only, one scale per group of `group_size`
+    inputs. `mxfp4`: weights and activations in groups of 32 with one power of two. `nvfp4`: weights and activations in
+    groups of 16 with one FP8 scale, and one scale per matrix; that of the activations is measured once
+    (`num_sequences`)."""
 
     group_size: GroupSize | None = None
-    """With `int4` only: neighbouring inputs that share a scale; 128 where it is left out. It must divide the inputs of
-    every layer that is quantised."""
+    """With `int4` only: neighbouring inputs that share a scale. It must divide the number of inputs of every quantised
+    layer. Smaller groups are more exact and take more bits. Left out, 128."""
 
     activations: bool | None = None
-    """Whether activations are quantised too. `int4` never does it, `int8` and `fp8` always do, `mxfp4` and `nvfp4` do
-    unless this is false."""
+    """Whether activations are quantised too. `int4` never does it, and `int8` and `fp8` always do; `mxfp4` and `nvfp4`
+    do it unless this is false."""
 
     ignore: tuple[str, ...] = ()
-    """Linear layers that stay as they are, each by the end of its name: `down_proj`, or `layers.0.mlp.down_proj`."""
+    """Linear layers that are not quantised, each by the end of its name: `down_proj`, or `layers.0.mlp.down_proj`."""
 
     head: bool = False
-    """Whether the head is quantised, in the same format as the other linear layers. Where it is one matrix with the
-    embedding, they are trained as one, and saved as two."""
+    """Quantise the head in the same format as the linear layers. If head and embedding are one matrix, they are trained
+    as one and saved as two."""
 
     embedding: bool = False
-    """With `int8` and `int4` only, which vLLM reads on GPUs: whether the embedding is quantised, its weights alone, by
-    row with `int8`, in groups of `group_size` with `int4`."""
+    """With `int8` and `int4` only: quantise the embedding's weights, with one scale per row (`int8`) or per group of
+    `group_size` (`int4`). vLLM reads such a model on GPUs only."""
 
     num_sequences: int = Field(32, ge=1)
-    """With `nvfp4` and its activations only: sequences of the student's text on which their largest values are measured
-    (all of them, if there are fewer)."""
+    """With `nvfp4` and quantised activations only: sequences of the student's text on which the largest activations are
+    measured. If there are fewer sequences, all are used."""
 
     batch_sequences: int = Field(4, ge=1, json_schema_extra=OPERATIONAL)
-    """Sequences in one of those forward passes."""
+    """Sequences in one forward pass of that measurement."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -87,16 +88,16 @@ class QuantizeSettings(Record):
 
     @property
     def bits_per_weight(self) -> float:
-        """Of a quantised layer, with the scales of its groups; those of whole rows are too few to count."""
+        """Bits per weight of a quantised layer, with the scales of groups; scales of whole rows are not counted."""
         scales = {"int4": 16 / self.int4_group_size, "mxfp4": 8 / 32, "nvfp4": 8 / 16}
         return 4 + scales[self.format] if self.format in scales else 8.0
 
     @property
     def needs_text(self) -> bool:
-        """Whether the model must see text before its activations have scales."""
+        """Whether the scales of the activations are measured on text before the training."""
         return self.format == "nvfp4" and self.has_activations
 
     def meant(self) -> dict[str, Any]:
-        """Group size and activations, with their defaults."""
+        """Return `group_size` and `activations`, with their defaults."""
         size = {"group_size": self.int4_group_size} if self.format == "int4" else {}
         return {"activations": self.has_activations, **size}

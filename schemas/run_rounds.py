@@ -1,4 +1,4 @@
-"""Settings of the rounds: models write, the teacher scores what they wrote, students learn from that, and again.
+"""Settings of rounds: in each, a model writes text, the teacher scores it, and the students learn from the result.
 
 generate --> cache --> train --> generate --> cache --> train ...     one model on the device at a time
 """
@@ -14,82 +14,82 @@ from capgap.schemas.base import OPERATIONAL, Record
 from capgap.schemas.run_judge import Probability
 
 Writer = Literal["teacher", "student"]
-"""Who writes the text of a round."""
+"""The model that writes the text of a round."""
 
 
 class RoundsSettings(Record):
-    """Text that models write in answer to prompts, scored by the teacher and learnt from in rounds."""
+    """Training in rounds on text that models write in answer to prompts, scored by the teacher."""
 
     prompts: tuple[str, ...] = Field(min_length=1)
-    """Files of prompts, JSONL: `{"messages": [...]}`, which the writer's chat template turns into a prompt, or
-    `{"prompt": "..."}`, a text that is continued; with `"reference"`, a text or several, where the right answer is
-    known. Messages may hold tool calls, and `tools` stand beside them, as in a corpus. Prompts are read and never
+    """JSONL files of prompts. A line is `{"messages": [...]}`, which the writer's chat template turns into a prompt, or
+    `{"prompt": "..."}`, a text that is continued. `"reference"` beside it holds one right answer or several, if they
+    are known. Messages may hold tool calls, with `tools` beside them, as in a corpus. Prompts are read and never
     learnt."""
 
     num: int = Field(3, ge=1)
-    """Rounds. Each goes on from the weights of the one before."""
+    """Number of rounds. Each trains on from the weights of the round before."""
 
     first_writer: Writer = "teacher"
-    """Who writes the text of round 0: the `teacher`, which is sequence-level distillation with the teacher's
-    distributions kept, or the `student` with its first weights. Students write that of all later rounds."""
+    """Model that writes the text of round 0. `teacher`: sequence-level distillation with the teacher's distributions.
+    `student`: the student with its initial weights. In all later rounds the students write."""
 
     off_policy_arms: tuple[str, ...] = ()
-    """Arms that learn from the teacher's text in every round, at the same prompts and as many rounds: baselines."""
+    """Arms that learn from the teacher's text in every round, with the same prompts and rounds, as baselines."""
 
     replay: float = Field(0.0, ge=0, lt=1)
-    """Share of the steps of a later round that learn from the caches of the rounds before it, from all alike."""
+    """Share of a later round's steps that learn from the caches of all earlier rounds, with equal weights."""
 
     prompts_per_round: int | None = Field(None, ge=1)
-    """Prompts of a round, in the order of the files, each round going on where the one before stopped and from the end
-    to the beginning. All of them where it is left out, or where there are no more; none twice in a round."""
+    """Prompts of each round, in the order of the files. Each round continues where the round before stopped, and starts
+    over after the last prompt; within a round no prompt is used twice. Left out, every round uses all prompts."""
 
     num_samples: int = Field(1, ge=1)
-    """Answers to each prompt."""
+    """Number of answers to each prompt."""
 
     max_new_tokens: int = Field(512, ge=1)
-    """Longest answer. One that has not ended by then is cut off, kept and counted. Prompt and answer fit into
-    `corpus.seq_len` tokens; a prompt that leaves no room for an answer is left out and counted."""
+    """Longest answer, in tokens. An answer that has not ended by then is cut off, kept and counted. Prompt and answer
+    must fit into `corpus.seq_len` tokens; a prompt that leaves no room for an answer is left out and counted."""
 
     temperature: float = Field(1.0, gt=0, le=2)
-    """Sampling temperature of the writers."""
+    """Sampling temperature of the writers. Lower values give more probable and less varied answers."""
 
     top_p: Probability = 1.0
-    """Answers are sampled from the most probable tokens that together hold this probability."""
+    """Sample answers only from the most probable tokens that together hold this probability (nucleus sampling)."""
 
     stop: tuple[Annotated[str, Field(min_length=1)], ...] = ()
-    """Texts that end an answer too, which ends behind them. An answer ends with the writer's end of text or of turn."""
+    """Texts that end an answer, and are its last part, in addition to the writer's own end of text or turn."""
 
     seed: int = Field(0, ge=0)
-    """Seed of the answers. Each is sampled with a seed of its own, made of this one, the run's seed, the round, the
-    prompt and the number of the sample."""
+    """Seed of the answers. Each answer is sampled with its own seed, derived from this one, the run's seed, the round,
+    the prompt and the number of the sample."""
 
     heldout_fraction: float = Field(0.1, gt=0, lt=1)
-    """Share of the prompts that no student learns from, decided by the digest of the prompt."""
+    """Share of the prompts that no student learns from, chosen by a digest of the prompt."""
 
     num_heldout_prompts: int = Field(256, ge=1)
-    """The most of them that are answered, once each in every round: what students are measured on."""
+    """Largest number of held-out prompts. Each is answered once in every round, to measure the students."""
 
     answer_pattern: str | None = None
-    """A regular expression, for prompts with a reference: what its last match's first group holds is compared with the
-    reference, without spaces around it. The whole answer where it is left out."""
+    """For prompts with a reference: a regular expression with one group. What the group holds in its last match,
+    without surrounding spaces, is compared with the reference. Left out, the whole answer is compared."""
 
     engine: Literal["vllm", "transformers"] = "vllm"
-    """What runs the writers. `transformers` is the slow reference: one answer at a time."""
+    """What runs the writers. `transformers` is a slow reference that writes one answer at a time."""
 
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """The dtype of weights and activations; `auto` takes them as they were saved."""
+    """Dtype of weights and activations; `auto` is the dtype of the checkpoint."""
 
     unit_prompts: int = Field(256, ge=1)
-    """Prompts of a unit: all their answers are written side by side and become one shard."""
+    """Prompts in one unit of work. Their answers are written as one batch and become one shard."""
 
     replicas: int = Field(1, ge=1, json_schema_extra=OPERATIONAL)
-    """Writers at work at the same time, each in a process and on devices of its own; they are started by Ray."""
+    """Writers that work at the same time, each in its own process and on its own devices, started by Ray."""
 
     tensor_parallel: int = Field(1, ge=1, json_schema_extra=OPERATIONAL)
-    """Devices that vLLM spreads the teacher over while it writes. A student writes on one."""
+    """Number of devices over which vLLM spreads the teacher while it writes. A student always writes on one."""
 
     gpu_memory_fraction: float = Field(0.8, gt=0, le=0.95, json_schema_extra=OPERATIONAL)
-    """Share of a GPU's memory that vLLM may claim."""
+    """Share of a GPU's memory that vLLM may take."""
 
     @field_validator("prompts", "stop", mode="before")
     @classmethod
@@ -116,6 +116,6 @@ class RoundsSettings(Record):
         return self
 
     def text_settings(self) -> dict[str, Any]:
-        """Those that decide the text of one round."""
+        """Return the settings that decide the text of one round."""
         of_training = {"num", "first_writer", "off_policy_arms", "replay"}
         return {name: value for name, value in self.decisive().items() if name not in of_training}

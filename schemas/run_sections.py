@@ -1,7 +1,7 @@
-"""The sections of a run file: every setting of a run, and which stages they ask for.
+"""The sections of a run file: every setting of a run, and which stages they request.
 
-A section that is written asks for its stage; one that is left out is not made and not asked for. In Python every
-section has its defaults, whether it was written or not; `has` and `makes` tell the difference.
+A section that is written requests its stage; without the section, the stage does not run. In Python every section has
+its defaults, whether it was written or not; `has` and `makes` tell the difference.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from capgap.schemas.run_tune import TuneSettings
 
 ReusableStage = Literal["corpus", "teacher", "cache"]
 
-# What asks for no stage of its own; every other field of a run file is a section.
+# Fields of a run file that request no stage; every other field is a section.
 _NO_SECTIONS = ("name", "out", "seeds", "device", "reuse", "arms")
 
 
@@ -39,27 +39,28 @@ class RunSections(Record):
     """Folder that receives one folder per stage."""
 
     seeds: tuple[int, ...] = (0,)
-    """One student per seed and arm. Arms of one seed share initial weights and data order, so they are paired."""
+    """Seeds of the students: one student is trained per seed and arm. Arms of one seed share initial weights and data
+    order, so that they can be compared in pairs. Several seeds show how much a result varies."""
 
     device: Literal["auto", "cpu", "cuda"] = Field("auto", json_schema_extra=OPERATIONAL)
     """Where models run. `auto` takes a GPU if there is one."""
 
     reuse: dict[ReusableStage, str] = Field(default_factory=dict)
-    """Finished folders of another run to use in place of a stage, for example one cache for many students: a cache is
-    enough to train from, for it carries tokenizer, context rule and held-out sequences. It may lie behind a URL,
-    s3:// and others: its shards pass through a disk cache (CAPGAP_DOWNLOADS, CAPGAP_DOWNLOADS_GB)."""
+    """Finished stage folders of another run, used in place of a stage, for example one cache for many students. A cache
+    is enough to train from: it holds tokenizer, context rule and held-out sequences. A cache may be a URL (s3:// and
+    others); its shards are then kept in the folder CAPGAP_DOWNLOADS, up to CAPGAP_DOWNLOADS_GB."""
 
     corpus: CorpusSettings = Field(default_factory=CorpusSettings)
     """Text, tokenizer, packing and splits."""
 
     teacher: TeacherSettings = Field(default_factory=TeacherSettings)
-    """The model whose distributions are kept."""
+    """The model whose distributions the students learn from."""
 
     cache: CacheSettings = Field(default_factory=CacheSettings)
-    """How the teacher's distributions are kept."""
+    """How the teacher's distributions are computed and stored."""
 
     align: AlignSettings | None = None
-    """How the cache becomes one for students of another tokenizer, who then learn from that."""
+    """How the cache is converted for students that have another tokenizer than the teacher."""
 
     student: StudentSettings = Field(default_factory=StudentSettings)
     """The model that is trained."""
@@ -68,34 +69,34 @@ class RunSections(Record):
     """How the student is trained from the cache."""
 
     arms: dict[str, Annotated[dict[str, Any], PartOf(TrainSettings)]] = Field(default={"distilled": {}})
-    """Variants of `train`, each with the settings in which it differs, for example `cross_entropy: {alpha: 0}`."""
+    """Variants of `train` by name, each with the settings that differ, for example `cross_entropy: {alpha: 0}`."""
 
     rounds: RoundsSettings | None = None
-    """Text that models write, in the place of the corpus's: `cache` and `train` are made of it, round after round."""
+    """Train in rounds on text that the models write: in each, a model writes, the teacher scores it, students train."""
 
     tune: TuneSettings | None = None
     """How trained students become chat models."""
 
     eval: EvalSettings = Field(default_factory=EvalSettings)
-    """How models are measured; the report is made of what is measured."""
+    """How models are measured on held-out text. The report shows the results."""
 
     benchmarks: BenchmarkSettings | None = None
-    """Tasks of lm-eval that models are measured on."""
+    """Tasks of lm-eval (the Language Model Evaluation Harness) that models are measured on."""
 
     judge: JudgeSettings | None = None
-    """Who judges the models' answers to questions."""
+    """The language model that judges the models' answers to questions, and how it is asked."""
 
     @model_validator(mode="before")
     @classmethod
     def _leave_out_what_is_null(cls, values: Any) -> Any:
-        """A section that is null is one that was left out."""
+        """Treat a section that is null as one that was left out."""
         if not isinstance(values, Mapping):
             return values
         return {name: value for name, value in values.items() if value is not None or name in _NO_SECTIONS}
 
     @model_serializer(mode="wrap")
     def _write_what_was_written(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Sections that were left out stay out, so that what is read back asks for the same stages."""
+        """Leave out the sections that were not written, so that the file read back requests the same stages."""
         values: dict[str, Any] = write(self)
         left_out = set(values) - set(_NO_SECTIONS) - self.model_fields_set
         if "train" not in self.sections:
@@ -104,40 +105,44 @@ class RunSections(Record):
 
     @property
     def sections(self) -> frozenset[str]:
-        """The sections that were written; `arms` stands for `train`, whose variants they are."""
+        """The names of the sections that were written. `arms` counts as `train`, because arms are variants of it."""
         written = self.model_fields_set - set(_NO_SECTIONS)
         return frozenset(written | ({"train"} if "arms" in self.model_fields_set else set()))
 
     def written(self) -> dict[str, Any]:
-        """The run file at its shortest: every section that was written, with the settings that are no defaults."""
+        """Return the shortest form of the run file: every written section, with the settings that are not defaults."""
         values = self.model_dump(mode="json", exclude_defaults=True)
         return values | {name: {} for name in sorted(self.model_fields_set - set(_NO_SECTIONS)) if name not in values}
 
     def makes(self, section: str) -> bool:
-        """Whether the run makes the stage of that section itself."""
+        """Return whether the run makes the stage of this section itself, rather than reusing a finished one."""
         return section in self.sections and section not in self.reuse
 
     def has(self, section: str) -> bool:
-        """Whether the run has that stage's result, made here or reused."""
+        """Return whether the run has the result of this section's stage, made here or reused."""
         return section in self.sections or section in self.reuse
 
     def asks_teacher(self, section: Literal["benchmarks", "judge"]) -> bool:
-        """Whether benchmarks, or questions, are put to the teacher too: where there is one, unless told otherwise."""
+        """Return whether the teacher is measured by `benchmarks`, or answers the questions of `judge`, too."""
         settings = self.benchmarks if section == "benchmarks" else self.judge
         return settings is not None and settings.teacher and self.has_teacher_model
 
     @property
     def has_teacher_model(self) -> bool:
-        """Whether there is a teacher to put on a device here; one that is served elsewhere is none."""
+        """Whether the run has a teacher to put on a device of this machine, and not one that only a server runs."""
         return self.has("teacher") and not ("teacher" in self.sections and self.teacher.served is not None)
 
     @property
     def measures_teacher(self) -> bool:
-        """Whether `eval` holds students against the teacher itself, or the cache alone stands for it."""
+        """Whether `eval` compares students with the teacher itself, and not only with the cache."""
         return self.eval.teacher != "cache" and self.has_teacher_model and not self.has("align")
 
     def train_settings(self, arm: str, round_number: int | None = None) -> TrainSettings:
-        """The settings of `train` with the arm's own in their place; for one training of a run with rounds, its own.
+        """Return the settings of `train` for one arm, with the arm's own values in place of the shared ones.
+
+        Args:
+            arm: name of the arm.
+            round_number: round of the training, from 0, in a run with rounds. It decides the learning rate.
 
         Raises:
             ValueError: the arm is unknown or names a setting that `train` does not have.

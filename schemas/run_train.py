@@ -16,90 +16,91 @@ SUPPORTED_TAILS: dict[tuple[RecordingName, str], tuple[str, ...]] = {
     ("topk", "jsd"): ("ghost", "renorm", "label"),
     ("sampled", "forward_kl"): ("drop", "renorm"),
 }
-"""By recording and divergence, which `tail` the loss can have; the first is what it has where the setting is left out.
-A pair that is missing has no unbiased loss. A test holds this table against that of the kernel."""
+"""The values of `tail` that the loss supports for each recording and divergence, the default first. A pair that is not
+listed has no unbiased loss. A test compares this table with the kernel's."""
 
 
 USUAL_CLIP = 0.2
-"""How far from 1 a ratio of probabilities may be, where no `ratio_clip` is asked for."""
+"""Default of `ratio_clip`: the largest distance of a probability ratio from 1."""
 
 
 class FurtherCache(Record):
-    """A cache that a student learns from beside the run's own."""
+    """A cache that a student learns from in addition to the run's own."""
 
     path: str | None = Field(None, json_schema_extra=OPERATIONAL)
-    """Folder or URL of a finished cache, of any corpus and teacher with the student's tokenizer; what decides is what
-    lies there. Left out, it is the run's own cache, to mix its recordings."""
+    """Folder or URL of a finished cache of any corpus and teacher, with the student's tokenizer. The cache found there
+    decides the result, not its address. Left out, the run's own cache, to mix its two recordings."""
 
     weight: float = Field(1.0, gt=0, allow_inf_nan=False)
-    """Its share of the steps, beside the other caches' weights and `own_weight`."""
+    """Weight of this cache: its share of the steps is its weight over the sum of all weights and `own_weight`."""
 
     recording: RecordingName | None = None
-    """Which of its recordings to learn from; needed where it has both."""
+    """Which recording of the cache to learn from; needed if it has both."""
 
 
 class TrainSettings(OptimizationSettings):
     """How a student learns from a cache, or from several."""
 
     alpha: float = Field(1.0, ge=0, le=1)
-    """Weight of the KL to the teacher; cross-entropy with the text has weight 1 - alpha. 0 is cross-entropy alone. In
-    an aligned cache tokens of which the teacher says nothing have the whole of their cross-entropy."""
+    """Weight of the KL to the teacher. Cross-entropy with the text has weight 1 - alpha; 0 is cross-entropy alone. With
+    an aligned cache, tokens without a target of the teacher count by their cross-entropy with weight 1."""
 
     later_learning_rate: float | None = Field(None, gt=0, allow_inf_nan=False)
-    """With `rounds` only: the peak learning rate of the rounds after round 0, whose students have learnt already; that
-    of round 0 where left out."""
+    """With `rounds` only: peak learning rate of the rounds after round 0, often lower because their students are
+    trained already. Left out, `learning_rate`."""
 
     max_tokens: int | None = Field(None, ge=0)
-    """Stop after this many targets, even within an epoch. 0 trains nothing: such an arm is the student as it was,
-    pruned or quantised, and is measured beside the others."""
+    """Stop after this many targets, even within an epoch. 0 trains nothing: such an arm is the untrained, pruned or
+    quantised student, measured beside the others as a baseline."""
 
     recording: RecordingName | None = None
-    """Which recording of the cache to learn from; needed where it has both."""
+    """Which recording of the cache to learn from; needed if the cache has both."""
 
     temperature: float | None = Field(None, gt=0)
-    """The temperature at which teacher and student are compared: `cache.temperature`, which is also the default, or for
-    `topk` one of `cache.extra_temperatures`. Of an aligned cache any, 100 by default: likelihoods of chunks are raised
-    to 1 over it."""
+    """Temperature at which teacher and student are compared: `cache.temperature`, or, with `topk`, one of
+    `cache.extra_temperatures`. Left out, `cache.temperature`. With an aligned cache, any value T (100 by default): the
+    likelihood of a chunk is raised to the power 1 / T."""
 
     divergence: Literal["forward_kl", "reverse_kl", "jsd", "policy_gradient"] = "forward_kl"
-    """What is called KL here: `forward_kl`, KL(teacher || student); `reverse_kl`; `jsd`, the generalised
-    Jensen-Shannon divergence; or, with `rounds`, `policy_gradient`, the reverse KL from the one token that a student
-    sampled: its advantage is the teacher's logprob minus the student's, its weight the student's probability over the
-    writer's, clipped. Text that the teacher wrote is learnt by `forward_kl` then. A `sampled` cache supports
-    `forward_kl` and `policy_gradient`, an aligned one `forward_kl` and `reverse_kl`."""
+    """Divergence of the loss, weighted by `alpha`: `forward_kl`, KL(teacher || student); `reverse_kl`,
+    KL(student || teacher); `jsd`, the generalised Jensen-Shannon divergence; or, with `rounds`, `policy_gradient`,
+    reverse KL estimated from the one token that a student sampled. Its advantage is the teacher's logprob minus the
+    student's, its weight the ratio of the student's probability to the writer's, clipped; text that the teacher wrote
+    is then learnt by `forward_kl`. A `sampled` cache supports `forward_kl` and `policy_gradient`, an aligned cache
+    `forward_kl` and `reverse_kl`."""
 
     ratio_clip: float | None = Field(None, gt=0, allow_inf_nan=False)
-    """With `policy_gradient` only: how far from 1 the ratio of the student's probability to the writer's may be before
-    a token counts no more (PPO: arXiv 1707.06347). 0.2 where left out."""
+    """With `policy_gradient` only: largest distance from 1 of the ratio of the student's probability to the writer's. A
+    token beyond it no longer adds to the gradient (PPO: arXiv 1707.06347). Left out, 0.2."""
 
     jsd_beta: float | None = Field(None, gt=0, lt=1)
-    """With `jsd` only: weight of KL(teacher || mixture), and the teacher's share of the mixture. 0.5 where left out."""
+    """With `jsd` only: weight of KL(teacher || mixture), and the teacher's share of the mixture. Left out, 0.5."""
 
     tail: Literal["drop", "renorm", "ghost", "label"] | None = None
-    """What becomes of the teacher's probability outside the kept ids: `drop` leaves it out, `renorm` scales the kept
-    ids up to 1, `ghost` compares it with the student's as one more token, `label` adds it to the real next token. The
-    default is `ghost` for a `topk` cache and `drop` for a `sampled` one, which has no tail."""
+    """How the loss treats the teacher's probability outside the stored tokens. `drop` ignores it. `renorm` scales the
+    stored tokens' probabilities up to 1. `ghost` compares it with the student's as one more token. `label` adds it to
+    the real next token. Left out, `ghost` for a `topk` cache, and `drop` for a `sampled` cache, which has no tail."""
 
     final_alpha: float | None = Field(None, ge=0, le=1)
-    """`alpha` of the last step; the first has `alpha`. Constant where left out."""
+    """Value of `alpha` at the last step; it begins at `alpha`. Left out, `alpha` is constant."""
 
     alpha_schedule: Literal["linear", "cosine"] | None = None
-    """With `final_alpha` only: how `alpha` gets there, in equal parts (`linear`) or slowly at both ends (`cosine`).
-    `linear` where left out."""
+    """With `final_alpha` only: how `alpha` changes: by equal steps (`linear`), or slowly at both ends (`cosine`). Left
+    out, `linear`."""
 
     token_weights: Literal["equal", "entropy"] = "equal"
-    """What a token counts in the mean: `equal`; or `entropy`, as many nats as the teacher is uncertain there, so that
-    its hard tokens lead (teacher entropy as a measure of importance: arXiv 2602.01395, 2605.01732). Needs a `topk`
-    cache. Tokens that the loss mask leaves out never count."""
+    """Weight of each token in the mean loss. `equal`: all the same. `entropy`: the teacher's entropy there in nats, so
+    that tokens of which the teacher is uncertain count more (arXiv 2602.01395, 2605.01732); it needs a `topk` cache.
+    Tokens outside the loss mask never count."""
 
     router_loss_weight: float = Field(0.0, ge=0)
-    """Weight of a mixture of experts' load-balancing loss (arXiv 2101.03961), added to the loss; the student's own
-    `router_aux_loss_coef` is not read."""
+    """Weight of the load-balancing loss of a mixture-of-experts student (arXiv 2101.03961), which is added to the loss.
+    It replaces the student's own `router_aux_loss_coef`."""
 
     projected_weight: float = Field(0.0, ge=0)
-    """Of an aligned cache only: weight of the KL of its projected targets (`align.projected_top_k`), added to the loss.
-    It is the KL of the top-k tokens at the tokens that both tokenizers have, at temperature 1. With `alpha` 0, which is
-    cross-entropy alone, it does not count."""
+    """With an aligned cache only: weight of the KL of its projected targets (`align.projected_top_k`), which is added
+    to the loss. It compares the top-k tokens that both tokenizers have, at temperature 1. With `alpha: 0`, which means
+    cross-entropy alone, it has no effect."""
 
     @model_validator(mode="after")
     def _check_alpha_schedule(self) -> Self:
@@ -109,36 +110,36 @@ class TrainSettings(OptimizationSettings):
 
     @property
     def alpha_shape(self) -> Literal["linear", "cosine"]:
-        """How alpha moves."""
+        """The schedule of alpha: `alpha_schedule`, with its default."""
         return self.alpha_schedule or "linear"
 
     @property
     def needs_targets(self) -> bool:
-        """Whether the cache's targets count in any step."""
+        """Whether the loss of any step uses the cache's targets."""
         return self.targets == "cache" and self.largest_alpha > 0
 
     @property
     def counted_projected_weight(self) -> float:
-        """The weight of projected targets, 0 where no targets count."""
+        """The weight of projected targets; 0 if the loss uses no targets of the cache."""
         return self.projected_weight if self.needs_targets else 0.0
 
     @property
     def largest_alpha(self) -> float:
-        """The largest alpha of all steps; 0 where none is taken, for such an arm learns from nobody."""
+        """The largest alpha of all steps; 0 for an arm of no steps, which uses no teacher."""
         return 0.0 if self.max_tokens == 0 else max(self.alpha, self.final_alpha or 0.0)
 
     caches: dict[str, FurtherCache] = Field(default_factory=dict)
-    """Further caches by a name of yours, for example `code: {path: s3://bucket/code/cache, weight: 2}`. Each
-    step is of one cache, all at one temperature. The run's own is read `num_epochs` times, the others as often
-    as the mix takes."""
+    """Further caches to learn from, by a name of your choice, for example `code: {path: s3://bucket/code/cache,
+    weight: 2}`. Each step uses one cache; all caches are read at one temperature. The run's own cache is read
+    `num_epochs` times, the others as often as their weights need."""
 
     own_weight: float = Field(1.0, gt=0, allow_inf_nan=False)
-    """The share of the run's own cache beside `caches`."""
+    """Weight of the run's own cache, beside the weights of `caches`."""
 
     row_len: int | None = Field(None, ge=8)
-    """Targets in a row of a batch: as many whole sequences as fit stand in it one after the other, with positions of
-    their own and no sight of one another, and padding without weight. Needed where caches differ in `seq_len`. A
-    sequence a row where it is left out."""
+    """Targets in a row of a batch. A row holds as many whole sequences as fit, each with its own positions and without
+    attention to the others, and padding that does not count. Needed if caches differ in `seq_len`. Left out, each row
+    holds one sequence."""
 
     @model_validator(mode="after")
     def _check_caches(self) -> Self:
@@ -150,9 +151,9 @@ class TrainSettings(OptimizationSettings):
         return self
 
     targets: Literal["cache", "online"] = "cache"
-    """Where the teacher's distributions come from: the `cache`; or, `online`, the teacher of the run, which then stands
-    on the device beside the student and gives its whole distribution for each token of the same sequences: the
-    undistorted baseline, for models that fit there together."""
+    """Where the teacher's distributions come from. `cache`: the cache. `online`: the run's teacher, which is then on
+    the device beside the student and gives its whole distribution for each token of the same sequences. That is a
+    baseline without any loss from storing, for models that fit on the device together."""
 
     @model_validator(mode="after")
     def _check_targets(self) -> Self:
@@ -187,21 +188,21 @@ class TrainSettings(OptimizationSettings):
 
     @property
     def clip(self) -> float:
-        """The clip of `policy_gradient`."""
+        """The clip of `policy_gradient`: `ratio_clip`, with its default."""
         return USUAL_CLIP if self.ratio_clip is None else self.ratio_clip
 
     @property
     def needs_teacher(self) -> bool:
-        """Whether the teacher itself takes part; cross-entropy alone asks for nobody's distribution."""
+        """Whether the teacher itself is needed for the training: with online targets, unless alpha is always 0."""
         return self.targets == "online" and self.largest_alpha > 0
 
     @property
     def beta(self) -> float:
-        """The beta of `jsd`."""
+        """The beta of `jsd`: `jsd_beta`, with its default."""
         return 0.5 if self.jsd_beta is None else self.jsd_beta
 
     def meant(self) -> dict[str, Any]:
-        """The beta of `jsd`, the clip of `policy_gradient` and the way of alpha where they were left out."""
+        """Return the beta of `jsd`, the clip of `policy_gradient` and the schedule of alpha, with their defaults."""
         values: dict[str, Any] = super().meant()
         if self.divergence == "jsd":
             values["jsd_beta"] = self.beta

@@ -1,10 +1,10 @@
-"""What looks like a credential: refused where a setting is read, and taken out of everything that is said or written.
+"""Credentials are refused in settings and removed from all text that capgap prints or writes.
 
     settings, flags, URLs --require_no_credential--> refused; the message says where credentials belong instead
     text that leaves      --redacted--> the same with *** for each credential
 
-Two kinds are known: what has a credential's form, such as a password in a URL or a signature in its query, and the
-values of this process's environment variables whose names say that they are secret.
+Two kinds are recognised: text in the form of a credential, such as a password in a URL or a signature in its query, and
+the values of environment variables of this process whose names say that they are secret.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from typing import Any
 from urllib.parse import quote, unquote
 
 REDACTED = "***"
-"""Stands where a credential stood."""
+"""The text that replaces a credential."""
 
-# A shorter value would be found in words that have nothing to do with it.
+# Shorter values are ignored, because they would be found by chance in unrelated words.
 _SHORTEST_SECRET = 8
-# A proxied URL may be quoted several times over.
+# A proxied URL may be percent-encoded several times.
 _MOST_QUOTED = 3
 
-# Every repetition is bounded, so that no text of a stranger's makes a search take long.
+# Every repetition is bounded, so that no untrusted text can make a search slow.
 _SCHEME = r"(?<![A-Za-z0-9+.])[A-Za-z][A-Za-z0-9+.-]{0,20}:/{1,2}"
 _USER = re.compile(rf"({_SCHEME})([^/?#\s\"'<>\\]{{0,512}})@")
 _ODD_PASSWORD = re.compile(rf"({_SCHEME})[^/?#@:\s\"'<>\\]{{0,128}}:(?!\d{{1,5}}(?:[/?#,;\s]|$))[^\s\"'<>\\]{{0,512}}@")
-# the whole setting is the URL, so that its password may hold blanks and quotes
+# matches a setting that is a URL as a whole, so that its password may hold spaces and quotes
 _WHOLE = re.compile(r"\s{0,8}(?:[A-Za-z][A-Za-z0-9+.-]{0,20}:)?/{1,2}([^/?#]{0,512})@")
 _RELATIVE = re.compile(r"(?<![\w:/.%])//[^/?#@:\s\"'<>\\]{0,128}:[^\s\"'<>\\@/]{1,512}@")
 _BARE_USER = re.compile(r"(?<![\w/@.:%-])[\w.+%-]{1,128}:[^\s/@:\"'<>\\]{2,256}@(?!sha256)(?=[\w.-])")
@@ -47,7 +47,7 @@ _PARAMETER = (
     r"x-(?:amz|goog)-[\w-]{1,40}|googleaccessid)"
 )
 _QUERY = re.compile(rf"([?&;#]{_PARAMETER}=)[^&#;\s\"'<>\\]{{1,4096}}", re.IGNORECASE)
-# whatever it is called: nobody chooses so long a value of letters and digits by hand
+# a query parameter of any name with 32 or more letters and digits: values of such length are rarely chosen by hand
 _RANDOM = re.compile(
     r"([?&][\w.-]{1,60}=)(?=[^&#\s\"'<>\\]{0,64}\d)(?=[^&#\s\"'<>\\]{0,64}[A-Za-z])[A-Za-z0-9%+/=_~.-]{32,4096}"
 )
@@ -73,7 +73,7 @@ _PRIVATE_KEY = re.compile(
     r"-----BEGIN [A-Z ]{0,40}PRIVATE KEY-----[^-]{0,16384}(?:-----END [A-Z ]{0,40}PRIVATE KEY-----)?"
 )
 
-# Of these URLs the name before the host is no account: a container of Azure's, a revision.
+# In URLs of these schemes the name before the host is an Azure container or a revision, and no account.
 _NAME_IS_A_PLACE = ("abfs", "abfss", "az", "wasb", "wasbs", "hf")
 
 _SECRET_NAME = re.compile(
@@ -81,7 +81,7 @@ _SECRET_NAME = re.compile(
     r"(?:api|access|secret|account|private|auth|session)[_-]?keys?|sas[_-]?token|connection[_-]?string)$",
     re.IGNORECASE,
 )
-# Of language models: bytes per token, the end-of-text token and their like.
+# Settings of language models that end in `token` and are no secret: bytes per token, the end-of-text token and so on.
 _TOKEN_OF_TEXT = re.compile(r"(?:^|[_.-])(?:per|bos|eos|pad|unk|sep|mask|stop|new|next|text)[_-]token$", re.IGNORECASE)
 _SECRET_VARIABLE = re.compile(
     r"(?:^|_)(?:KEY|KEYS|APIKEY|TOKEN|SECRET|PASSWORD|PASSWD|PASSPHRASE|PWD|PASS|CREDENTIALS?|AUTH|JWT|COOKIE|"
@@ -119,20 +119,21 @@ _remembered: set[str] = set()
 
 
 def require_no_credential(name: str, value: object) -> None:
-    """Refuse a setting that holds a credential, or in which one lies at any depth.
+    """Refuse a setting that is or contains a credential.
 
     Args:
-        name: of the setting.
-        value: as it was given: text, or lists and mappings of it.
+        name: name of the setting.
+        value: the value given: text, or lists and mappings of text, searched to any depth.
 
     Raises:
-        ValueError: it does. The message names the setting and where its credential belongs, and repeats nothing.
+        ValueError: a credential was found. The message names the setting and where the credential belongs, and does not
+            repeat the value.
     """
     if isinstance(value, str):
         found = "a credential" if is_secret_name(name) and value else credential_in(value) or _of_environment(value)
         if found is not None:
             raise ValueError(
-                f"{name}: found {found}, expected none, for settings are written down; put it into "
+                f"{name}: found {found}, expected none, because settings are written into files; put it into "
                 f"{_place_for(name, value)}"
             )
     elif isinstance(value, Mapping):
@@ -146,8 +147,8 @@ def require_no_credential(name: str, value: object) -> None:
 
 
 def credential_in(text: str) -> str | None:
-    """What kind of credential stands in a text, in words; None where there is none."""
-    # other signs than @ and : that are read as those
+    """Return the kind of credential that a text contains, in words; None if it contains none."""
+    # normalise characters that programs read as @ or :, such as their full-width forms
     text = unicodedata.normalize("NFKC", text)
     for _ in range(_MOST_QUOTED):
         if (found := _credential_in(text)) is not None:
@@ -159,12 +160,12 @@ def credential_in(text: str) -> str | None:
 
 
 def is_secret_name(name: str) -> bool:
-    """Whether a setting or argument of that name would be a secret, as `api_key` or `--wandb.token`."""
+    """Return whether the name of a setting or argument says that it is a secret, like `api_key` or `--wandb.token`."""
     return _SECRET_NAME.search(name) is not None and _TOKEN_OF_TEXT.search(name) is None
 
 
 def redacted(text: str) -> str:
-    """The text with *** for everything in it that looks like a credential, or is one of this process's."""
+    """Return the text with *** in place of everything that looks like a credential or is a secret of this process."""
     for secret in _secrets():
         if secret in text:
             text = text.replace(secret, REDACTED)
@@ -186,7 +187,7 @@ def redacted(text: str) -> str:
 
 
 def redacted_values(value: Any) -> Any:
-    """A plain JSON value with every text in it redacted, and what stands under a secret's name."""
+    """Return a JSON value with all texts in it redacted, and *** in place of texts whose key names a secret."""
     if isinstance(value, str):
         return redacted(value)
     if isinstance(value, Mapping):
@@ -202,7 +203,7 @@ def redacted_values(value: Any) -> Any:
 
 
 def remember_secret(value: str) -> None:
-    """Redact this value too from here on, for it came from a variable whose name does not tell."""
+    """Redact this value from now on: it came from an environment variable whose name does not say it is secret."""
     if len(value) >= _SHORTEST_SECRET:
         _remembered.add(value)
 
@@ -223,14 +224,17 @@ def _credential_in(text: str) -> str | None:
 
 
 def _of_environment(text: str) -> str | None:
-    """Whether a setting repeats what a secret variable holds; a plain word may stand in a path by chance."""
+    """Return a description if a text contains a secret variable's value, None if not.
+
+    Values of letters or digits alone are not searched for, because a path may contain such a word by chance.
+    """
     if any(one in text and not one.isalpha() and not one.isdigit() for one in _secrets()):
         return "the value of a secret environment variable"
     return None
 
 
 def _place_for(name: str, value: str) -> str:
-    """Where the credential of such a setting belongs."""
+    """Return the place where the credential of this setting belongs, in words."""
     if (section := next((one for one in ("judge", "cache.server") if name.startswith(f"{one}.")), None)) is not None:
         return f"the environment variable that {section}.api_key_env names"
     if (logger := next((one for one in _LOGGERS if one in name.lower()), None)) is not None:
@@ -240,7 +244,7 @@ def _place_for(name: str, value: str) -> str:
 
 
 def _below(name: str, key: object, values: Mapping[Any, Any]) -> str:
-    """A setting's name; of a logger's arguments with the logger, which tells where its key belongs."""
+    """Return the name of a nested setting; for a logger's arguments it names the logger, as `_place_for` needs it."""
     logger = str(values.get("class_path", ""))
     is_named = key == "init_args" and re.fullmatch(r"[\w.]{1,200}", logger)
     return f"{name}.{logger}.{key}" if is_named else f"{name}.{key}"
@@ -252,7 +256,7 @@ def _without_user(match: re.Match[str]) -> str:
 
 
 def _secrets() -> list[str]:
-    """Every form of the environment's secrets, the longest first, so that none is found within another."""
+    """Return the secrets of the environment in all their forms, longest first, so that none is cut by a shorter one."""
     found = set(_remembered)
     for name, value in os.environ.items():
         found |= _secrets_in(name, value)
@@ -261,7 +265,7 @@ def _secrets() -> list[str]:
 
 @lru_cache(maxsize=4096)
 def _secrets_in(name: str, value: str) -> frozenset[str]:
-    """What is secret in a variable: its value, a password in its URL, every text of fsspec's settings."""
+    """Return the secrets in an environment variable: its value, a URL's password, or texts of fsspec's settings."""
     found = {unquote(match[2].partition(":")[2]) for match in _USER.finditer(value)}
     found |= {match[2].partition(":")[2] for match in _USER.finditer(value)}
     if name.startswith("FSSPEC_"):
@@ -273,7 +277,7 @@ def _secrets_in(name: str, value: str) -> frozenset[str]:
 
 
 def _words(value: str, is_secret: bool) -> set[str]:
-    """What of a JSON value stands under the name of a secret or a header, and its last word."""
+    """Return the texts of a JSON value whose key names a secret or a header, each also as its last word alone."""
     try:
         settings = json.loads(value)
     except ValueError:

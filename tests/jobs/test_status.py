@@ -86,7 +86,7 @@ def test_a_training_is_watched_in_every_form_until_it_is_killed(at_work: Path) -
     os.close(parent)
     for watch in (as_json, on_a_terminal):
         assert watch.wait(timeout=TIMEOUT_S) == 3
-        assert watch.stderr.read().startswith("capgap: teacher: its process is gone without a word")
+        assert watch.stderr.read().startswith("capgap: teacher: its process ended without a message")
     _table_changed_in_place(shown)
 
 

@@ -55,4 +55,4 @@ def test_a_report_is_shown_as_long_as_it_is_of_what_is_there(tmp_path: Path) -> 
     finish_folder(changed, "train/distilled/seed-0", "other")
     found = where_to_look(changed)
     assert found is not None and found[0] == page
-    assert f"{page} is of what was there before (input" in found[1] and "`capgap run` makes it again" in found[1]
+    assert f"{page} shows earlier results (input" in found[1] and "`capgap run` makes it again" in found[1]
