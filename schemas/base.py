@@ -11,7 +11,6 @@ from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 from pydantic_core import InitErrorDetails
 
-from capgap.schemas.home import with_home
 from capgap.schemas.secrets import require_no_credential
 
 _MAX_INTEGER_BITS = 63
@@ -41,7 +40,7 @@ class Record(Entry):
         """Refuse integers above 64 bits and, in settings, zero characters, credentials and a bool in place of a number.
 
         The first two would fail later, far from the setting at fault. Credentials are refused because settings are
-        written into manifests. In a setting that begins with `~`, the home folder takes its place.
+        written into manifests.
         """
         if isinstance(values, dict):
             is_setting = any(base.__module__.rpartition(".")[2].startswith(_SETTINGS_MODULES) for base in cls.__mro__)
@@ -51,7 +50,6 @@ class Record(Entry):
                     require_no_credential(str(name), value)
                     if name in cls.model_fields and _is_no_number(value, cls.model_fields[name].annotation):
                         raise ValueError(f"{name}: found {json.dumps(value, default=str)}, expected a number")
-            return {name: with_home(value) for name, value in values.items()} if is_setting else values
         return values
 
     def meant(self) -> dict[str, Any]:

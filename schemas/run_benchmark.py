@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
 from capgap.schemas.base import OPERATIONAL, Record
+from capgap.schemas.home import PATH
 
 
 class BenchmarkTask(Record):
@@ -45,7 +46,7 @@ class BenchmarkSettings(Record):
     """Ask through the model's chat template, with the solved examples as turns of a conversation. Use it for chat
     models."""
 
-    include_path: str | None = None
+    include_path: Annotated[str | None, PATH] = None
     """Folder of your own tasks as YAML files. Paths of data files are relative to the folder of their task."""
 
     trust_task_code: bool = Field(False, json_schema_extra=OPERATIONAL)
