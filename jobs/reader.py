@@ -164,7 +164,7 @@ def _trusted() -> list[str]:
 
 
 def _is_logger(item: object) -> bool:
-    """Return whether a run file may name this logger: by a short name, one of Lightning's, or one that the user typed."""
+    """Return whether a run file may name a logger: by a short name, one of Lightning's, or one that the user typed."""
     if not isinstance(item, Mapping) or not item.keys() <= {"class_path", "init_args"}:
         return False
     name = item.get("class_path")
