@@ -13,8 +13,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from capgap.jobs.problems import Origin, errors_of
-from capgap.jobs.reader import read_file, together
+from capgap.jobs.problems import Origin, errors_of, not_finite
+from capgap.jobs.reader import read_file, require_no_class, together, trust_loggers
 from capgap.pipeline.plan.room import require_disk_space
 from capgap.pipeline.stages import run_file_type
 from capgap.pipeline.workflow.driver import walk
@@ -72,7 +72,8 @@ def run(
         remake: stages to make again, replacing their results. Only so are results replaced that cost device time.
         force: make stages again even if they are current.
         wait: wait for a device that another stage holds; if false, that is an error.
-        settings: settings that override the run file's, by section (`train={"alpha": 1.0}`) or by dotted name.
+        settings: settings that override the run file's, by section (`train={"alpha": 1.0}`) or by dotted name. Only
+            here may `loggers` name a class of your own: a run file, also as a dict, may come from somebody else.
 
     Raises:
         InputError: the run file is missing or not YAML, or a stage cannot read its inputs.
@@ -85,15 +86,7 @@ def run(
         raise SettingError(
             "only and from_stage exclude each other", found=f"{', '.join(only)} and {from_stage}", expected="one"
         )
-    kind = run_file_type()
-    path, document = read_file(kind, None if isinstance(run_file, Mapping) else run_file)
-    values = dict(run_file) if isinstance(run_file, Mapping) else document.values
-    for name, value in settings.items():
-        values = _laid_over(values, name, value)
-    try:
-        checked = kind.model_validate(values)
-    except ValidationError as error:
-        raise together(errors_of(error, Origin(kind, values, path, document.lines, {}, document.words))) from None
+    checked = _checked(run_file, settings)
     if only:
         chosen = select(checked, *only)
     else:
@@ -110,6 +103,27 @@ def run(
     out = Path(checked.out)
     folders = {instance.name: out / instance.name for instance in chosen}
     return RunResult(out, folders, tuple(made), _report(checked), checked)
+
+
+def _checked(run_file: str | Path | Mapping[str, Any], settings: Mapping[str, Any]) -> RunFile:
+    """Return the run file with the settings over it; raise SettingError for values that cannot be used."""
+    kind = run_file_type()
+    path, document = read_file(kind, None if isinstance(run_file, Mapping) else run_file)
+    values = dict(run_file) if isinstance(run_file, Mapping) else document.values
+    if path is None:
+        # the dict may be a file of somebody else, whereas the caller has typed the settings
+        require_no_class(Origin(kind, values, None, {}, {}), values)
+    for name, value in settings.items():
+        trust_loggers(value, tuple(name.split(".")))
+        values = _laid_over(values, name, value)
+    origin = Origin(kind, values, path, document.lines, {}, document.words)
+    try:
+        checked = kind.model_validate(values)
+    except ValidationError as error:
+        raise together(errors_of(error, origin)) from None
+    if problems := list(not_finite(checked.model_dump(), origin)):
+        raise together(problems)
+    return checked
 
 
 def _laid_over(values: Mapping[str, Any], name: str, value: Any) -> dict[str, Any]:

@@ -154,7 +154,7 @@ def verify_command(argv: Sequence[str]) -> int:
             fix="give both, or neither",
         )
     if fraction is not None and not 0 < fraction <= 1:
-        raise SettingError("no share", where="--rescore", found=fraction, expected="a number above 0, at most 1")
+        raise SettingError("not a share", where="--rescore", found=fraction, expected="a number above 0, at most 1")
     from capgap.pipeline.verify.verify import verify
 
     for folder in flags["folders"]:

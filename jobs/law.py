@@ -72,7 +72,7 @@ def fit_command(argv: Sequence[str]) -> int:
     from capgap.pipeline.law.fit import fit_table, write_fit
     from capgap.pipeline.law.summary import lines
 
-    if not flags["delta"] > 0:
+    if not 0 < flags["delta"] < float("inf"):
         raise SettingError("not a difference", where="--delta", found=flags["delta"], expected="nats above 0")
     table = Path(flags["table"])
     public = Path(flags["public"]) if flags["public"] else None

@@ -96,7 +96,7 @@ def stated_speed(flags: dict[str, Any]) -> Stated:
             expected="both",
         )
     if mfu is not None and mfu > 1:
-        raise SettingError("no share", where="--mfu", found=mfu, expected="a number above 0, at most 1")
+        raise SettingError("not a share", where="--mfu", found=mfu, expected="a number above 0, at most 1")
     return Stated(
         teacher_tokens_per_s=positive(flags, "teacher_tokens_per_s"),
         train_tokens_per_s=positive(flags, "train_tokens_per_s"),
@@ -114,7 +114,7 @@ def positive(flags: dict[str, Any], name: str) -> float | None:
     """
     value: float | None = flags[name]
     if value is not None and not 0 < value < float("inf"):
-        raise SettingError("no rate", where=f"--{name.replace('_', '-')}", found=value, expected="a number above 0")
+        raise SettingError("not a rate", where=f"--{name.replace('_', '-')}", found=value, expected="a number above 0")
     return value
 
 

@@ -8,7 +8,7 @@ file --yaml_nodes--> values with lines --flags laid over--> one validation --> t
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,7 +26,7 @@ _R = TypeVar("_R", bound=Record)
 Given = tuple[str, str | None]
 """A setting given as a flag: its dotted name, and its value in YAML or None if no value followed."""
 
-# Environment variable with the classes of loggers that a flag has named, read by the processes of the stages.
+# Environment variable with the classes of loggers that the user has typed, read by the processes of the stages.
 _TRUSTED = "CAPGAP_LOGGER_CLASSES"
 
 
@@ -54,7 +54,7 @@ def read_settings(record: type[_R], file: str | Path | None, given: Sequence[Giv
             unknown[loc] = text
             continue
         value = _value_of(setting, flag, text)
-        _trust_loggers(value, loc)
+        trust_loggers(value, loc)
         values = _laid_over(values, loc, value)
     _require_kind(record, values, path)
     origin = Origin(record, values, path, document.lines, flags, document.words)
@@ -84,7 +84,7 @@ def read_file(record: type[Record], file: str | Path | None) -> tuple[Path | Non
         return None, YamlDocument({}, {}, frozenset())
     path = find_file(file)
     document = read_document(path)
-    _require_no_class(Origin(record, document.values, path, document.lines, {}), document.values, ())
+    require_no_class(Origin(record, document.values, path, document.lines, {}), document.values)
     for loc in sorted(document.bare, key=len):
         _open_section(record, document.values, loc)
     return path, document
@@ -141,17 +141,21 @@ def _laid_over(values: Any, loc: Loc, value: Any) -> Any:
     return here
 
 
-def _trust_loggers(value: Any, loc: Loc) -> None:
-    """Allow the processes of stages to import loggers of any class that a flag names.
+def trust_loggers(value: Any, loc: Loc) -> None:
+    """Allow the processes of stages to import loggers of any class that a flag or an argument of `capgap.run` names.
 
-    The user typed the flag, whereas a run file may come from somebody else and may not name any class.
+    The user typed these, whereas a run file may come from somebody else and may not name any class.
+
+    Args:
+        value: value of the setting.
+        loc: location of the setting.
     """
-    if isinstance(value, dict):
+    if isinstance(value, Mapping):
         for name, one in value.items():
-            _trust_loggers(one, (*loc, name))
-    if not isinstance(value, list) or loc[-1] != "loggers":
+            trust_loggers(one, (*loc, name))
+    if not isinstance(value, (list, tuple)) or loc[-1] != "loggers":
         return
-    names = [str(one["class_path"]) for one in value if isinstance(one, dict) and "class_path" in one]
+    names = [str(one["class_path"]) for one in value if isinstance(one, Mapping) and "class_path" in one]
     os.environ[_TRUSTED] = ",".join(dict.fromkeys([*_trusted(), *names]))
 
 
@@ -160,8 +164,8 @@ def _trusted() -> list[str]:
 
 
 def _is_logger(item: object) -> bool:
-    """Return whether a run file may name this logger: by a short name, one of Lightning's, or one that a flag named."""
-    if not isinstance(item, dict) or not item.keys() <= {"class_path", "init_args"}:
+    """Return whether a run file may name a logger: by a short name, one of Lightning's, or one that the user typed."""
+    if not isinstance(item, Mapping) or not item.keys() <= {"class_path", "init_args"}:
         return False
     name = item.get("class_path")
     if not isinstance(name, str):
@@ -169,13 +173,19 @@ def _is_logger(item: object) -> bool:
     return "." not in name or name.startswith("lightning.pytorch.loggers.") or name in _trusted()
 
 
-def _require_no_class(origin: Origin, value: object, loc: Loc) -> None:
-    """Raise SettingError if the file names a class to import, because a run file may be untrusted."""
-    if isinstance(value, list):
+def require_no_class(origin: Origin, value: object, loc: Loc = ()) -> None:
+    """Raise SettingError if a run file names a class to import, because it may be untrusted.
+
+    Args:
+        origin: where the settings come from.
+        value: values of the run file, or of its part at `loc`.
+        loc: location of `value`.
+    """
+    if isinstance(value, (list, tuple)):
         for number, item in enumerate(value):
-            is_logger = loc[-1:] == ("loggers",) and isinstance(item, dict) and _is_logger(item)
-            _require_no_class(origin, item.get("init_args") if is_logger else item, (*loc, number))
-    if isinstance(value, dict):
+            is_logger = loc[-1:] == ("loggers",) and isinstance(item, Mapping) and _is_logger(item)
+            require_no_class(origin, item.get("init_args") if is_logger else item, (*loc, number))
+    if isinstance(value, Mapping):
         for name, item in value.items():
             if name == "class_path":
                 raise SettingError(
@@ -183,6 +193,7 @@ def _require_no_class(origin: Origin, value: object, loc: Loc) -> None:
                     where=origin.place((*loc, name)),
                     found=item,
                     expected="settings; in train.loggers a logger's name, or a class of lightning.pytorch.loggers",
-                    fix="give a class of your own by a flag, as in --train.loggers",
+                    fix="give a class of your own by a flag, as in --train.loggers, or to capgap.run as "
+                    "train={'loggers': [...]}",
                 )
-            _require_no_class(origin, item, (*loc, name))
+            require_no_class(origin, item, (*loc, name))

@@ -45,7 +45,7 @@ def status_command(argv: Sequence[str]) -> int:
             fix="give both, or neither",
         )
     if not 0.1 <= every_s < float("inf"):
-        raise SettingError("no interval", where="--every", found=every_s, expected="at least 0.1 seconds")
+        raise SettingError("not an interval", where="--every", found=every_s, expected="at least 0.1 seconds")
     if not flags["watch"]:
         _show_once(run, flags["json"])
         return 0

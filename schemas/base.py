@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import types
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -11,7 +12,6 @@ from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 from pydantic_core import InitErrorDetails
 
-from capgap.schemas.home import with_home
 from capgap.schemas.secrets import require_no_credential
 
 _MAX_INTEGER_BITS = 63
@@ -41,7 +41,7 @@ class Record(Entry):
         """Refuse integers above 64 bits and, in settings, zero characters, credentials and a bool in place of a number.
 
         The first two would fail later, far from the setting at fault. Credentials are refused because settings are
-        written into manifests. In a setting that begins with `~`, the home folder takes its place.
+        written into manifests.
         """
         if isinstance(values, dict):
             is_setting = any(base.__module__.rpartition(".")[2].startswith(_SETTINGS_MODULES) for base in cls.__mro__)
@@ -51,7 +51,6 @@ class Record(Entry):
                     require_no_credential(str(name), value)
                     if name in cls.model_fields and _is_no_number(value, cls.model_fields[name].annotation):
                         raise ValueError(f"{name}: found {json.dumps(value, default=str)}, expected a number")
-            return {name: with_home(value) for name, value in values.items()} if is_setting else values
         return values
 
     def meant(self) -> dict[str, Any]:
@@ -110,17 +109,23 @@ def options_of(annotation: Any) -> tuple[Any, ...]:
 def _require_usable(name: object, value: object, is_setting: bool) -> None:
     """Raise ValueError for a value that no field may have.
 
-    Nested records check their own values. Only settings are checked for the character zero: text that a model
-    generated may hold it.
+    Only settings are checked for the character zero, because text that a model generated may hold it, and only their
+    mappings are searched: those of a manifest may be large.
     """
     if isinstance(value, int) and value.bit_length() > _MAX_INTEGER_BITS:
         # the number itself is not shown: Python refuses to print integers of several thousand digits
-        raise ValueError(f"{name}: found an integer of {value.bit_length()} bits, expected one of at most 64")
+        raise ValueError(
+            f"{name}: found an integer of {value.bit_length()} bits, expected at most {_MAX_INTEGER_BITS} and a sign"
+        )
     if is_setting and isinstance(value, str) and "\0" in value:
         raise ValueError(f"{name}: found {value[:80]!a}, expected text without the character zero")
     if isinstance(value, (list, tuple)):
         for one in value:
             _require_usable(name, one, is_setting)
+    if is_setting and isinstance(value, Mapping):
+        for key, one in value.items():
+            _require_usable(name, key, is_setting)
+            _require_usable(f"{name}.{key}", one, is_setting)
 
 
 def _is_no_number(value: object, annotation: Any) -> bool:

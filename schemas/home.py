@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from typing import Any
 
+from pydantic import AfterValidator
+
 
 def with_home(value: Any) -> Any:
     """Return the value with the home folder in place of a leading `~` in every text, also within lists and mappings.
@@ -18,3 +20,11 @@ def with_home(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return type(value)([with_home(one) for one in value])
     return value
+
+
+PATH = AfterValidator(with_home)
+"""`Annotated[str, PATH]` marks a setting that is a path, or that holds paths: `~` at its beginning is the home folder.
+
+In all other settings `~` is a character like any other. The arguments of vLLM and of loggers count as paths, because
+some of them are, and only they know which.
+"""

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
 from capgap.schemas.base import OPERATIONAL, Record
+from capgap.schemas.home import PATH
 from capgap.schemas.run_cache import Profile
 from capgap.schemas.run_corpus import ContextRule
 
@@ -50,27 +51,27 @@ class ColumnNames(Record):
 class ImportSettings(Record):
     """How captures of another program become a corpus and a cache."""
 
-    sources: tuple[str, ...]
+    sources: Annotated[tuple[str, ...], PATH]
     """Parquet files, folders or globs, read in this order, each file once. Files that `heldout` names too are held out.
     """
 
-    heldout: tuple[str, ...] = ()
+    heldout: Annotated[tuple[str, ...], PATH] = ()
     """Parquet files, folders or globs of held-out text. Left out, `heldout_fraction` of the rows is held out."""
 
-    out: str = Field(json_schema_extra=OPERATIONAL)
+    out: Annotated[str, PATH] = Field(json_schema_extra=OPERATIONAL)
     """Folder for the results. It receives the folders `corpus`, `cache` and, if the teacher is on this machine,
     `teacher`."""
 
-    tokenizer: str
+    tokenizer: Annotated[str, PATH]
     """Folder or Hugging Face id of the captures' tokenizer. Teacher and students have the same one."""
 
-    teacher: str
+    teacher: Annotated[str, PATH]
     """Folder or Hugging Face id of the model that gave the logprobs. A folder must hold the same tokenizer."""
 
     format: CaptureFormat = "parquet"
     """Layout of the captures. `parquet`: columns of lists. `distillkit`: DistillKit's packed columns."""
 
-    compression_config: str | None = None
+    compression_config: Annotated[str | None, PATH] = None
     """With `distillkit` only: path of DistillKit's `compression_config.yaml` for all captures. Left out, the file of
     that name beside each capture."""
 

@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 from pydantic import Field, ValidationError, model_validator
 
 from capgap.schemas.base import OPERATIONAL, PartOf, Record, below
+from capgap.schemas.home import PATH
 from capgap.schemas.law import Init
 from capgap.schemas.run_cache import CacheSettings
 from capgap.schemas.run_corpus import CorpusSettings
@@ -72,13 +73,13 @@ class Budget(Record):
 class LawReuse(Record):
     """Finished stage folders of earlier runs, used in place of the grid's own stages."""
 
-    corpus: str | None = None
+    corpus: Annotated[str | None, PATH] = None
     """Folder of a finished corpus."""
 
-    teachers: dict[str, str] = Field(default_factory=dict)
+    teachers: Annotated[dict[str, str], PATH] = Field(default_factory=dict)
     """Folders of finished teachers, by the grid's names of the teachers."""
 
-    caches: dict[str, str] = Field(default_factory=dict)
+    caches: Annotated[dict[str, str], PATH] = Field(default_factory=dict)
     """Folders or URLs of finished caches, by the grid's names of the teachers. A cache must have the grid's corpus,
     teacher and recording."""
 
@@ -89,7 +90,7 @@ class LawGrid(Record):
     name: str
     """Name of the grid."""
 
-    out: str = Field(json_schema_extra=OPERATIONAL)
+    out: Annotated[str, PATH] = Field(json_schema_extra=OPERATIONAL)
     """Folder for the results. It receives the corpus, `teachers/`, `students/`, the table, the fit and its page."""
 
     seeds: tuple[int, ...] = (0, 1, 2)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
 from capgap.schemas.base import Record
+from capgap.schemas.home import PATH
 from capgap.schemas.run_corpus import BosRule
 
 
@@ -14,7 +15,7 @@ class AlignSettings(Record):
     """How a cache is converted for students whose tokenizer differs from the teacher's. The text is cut into chunks,
     the smallest spans that begin and end with a token in both tokenizers."""
 
-    tokenizer: str
+    tokenizer: Annotated[str, PATH]
     """Folder or Hugging Face id of the student's tokenizer or model. The tokenizer must be reversible: byte-level or
     with byte fallback, and with a normaliser that does not change the text."""
 

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
 from capgap.schemas.base import OPERATIONAL, Record
+from capgap.schemas.home import PATH
 
 
 class BenchmarkTask(Record):
     """How one task is measured. A setting that is left out has the value of the preset or of the task itself."""
 
-    num_fewshot: int | None = None
+    num_fewshot: int | None = Field(None, ge=0)
     """Number of solved examples before each question."""
 
     metric: str | None = None
@@ -45,7 +46,7 @@ class BenchmarkSettings(Record):
     """Ask through the model's chat template, with the solved examples as turns of a conversation. Use it for chat
     models."""
 
-    include_path: str | None = None
+    include_path: Annotated[str | None, PATH] = None
     """Folder of your own tasks as YAML files. Paths of data files are relative to the folder of their task."""
 
     trust_task_code: bool = Field(False, json_schema_extra=OPERATIONAL)
@@ -63,9 +64,6 @@ class BenchmarkSettings(Record):
     def _check(self) -> Self:
         if not self.tasks:
             raise ValueError("benchmarks.tasks: found none, expected at least one, for example {paper: {}}")
-        for name, task in self.tasks.items():
-            if task.num_fewshot is not None and task.num_fewshot < 0:
-                raise ValueError(f"benchmarks.tasks.{name}.num_fewshot: found {task.num_fewshot}, expected 0 or more")
         if self.trust_task_code and self.include_path is None:
             raise ValueError("benchmarks.trust_task_code: found true, expected it with benchmarks.include_path")
         return self

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, JsonValue, model_validator
 
 from capgap.schemas.base import OPERATIONAL, Record
+from capgap.schemas.home import PATH
 from capgap.schemas.run_endpoint import EndpointSettings
 
 Profile = Literal["lossless", "near-lossless", "compact", "small"]
@@ -118,7 +119,7 @@ class CacheSettings(Record):
     logprobs, which is slower and only for `topk` at temperature 1. `auto`: `worker`, or `public` with a warning if this
     version of vLLM is not supported. Logprobs are equal up to rounding; the manifest says which way was used."""
 
-    engine_args: dict[str, JsonValue] = Field(default_factory=dict)
+    engine_args: Annotated[dict[str, JsonValue], PATH] = Field(default_factory=dict)
     """Further arguments of vLLM's `EngineArgs`, for example `quantization`, `kv_cache_dtype`, `enable_expert_parallel`,
     `pipeline_parallel_size`, `hf_overrides`, `revision`, `enforce_eager`. They override capgap's own values. Arguments
     that would make logprobs inexact, or that capgap has a setting for, are refused. Those that change only speed and

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, model_validator
 
 from capgap.schemas.base import OPERATIONAL, Record
+from capgap.schemas.home import PATH
 
 _MOST_SHARD_SEQUENCES, _SHARD_TOKENS = 1024, 2**21
 
@@ -24,7 +25,7 @@ class ExtendVocabularySettings(Record):
     num_pieces: int = Field(ge=1)
     """Largest number of tokens to add."""
 
-    sources: tuple[str, ...] | None = Field(None, min_length=1)
+    sources: Annotated[tuple[str, ...] | None, PATH] = Field(None, min_length=1)
     """Text from which the new tokens are learnt, given like `corpus.sources`. Left out, the corpus's own text without
     its held-out part."""
 
@@ -39,7 +40,7 @@ SplitName = Literal["teacher", "student", "heldout"]
 class SourceSettings(Record):
     """One source of a corpus that mixes several."""
 
-    paths: tuple[str, ...] = Field(min_length=1)
+    paths: Annotated[tuple[str, ...], PATH] = Field(min_length=1)
     """Files, folders, globs or URLs, as in `corpus.sources`."""
 
     weight: float | None = Field(None, gt=0)
@@ -57,7 +58,7 @@ class SourceSettings(Record):
 class CorpusSettings(Record):
     """Which text is used, how it becomes tokens, and which parts of it train the teacher, the student, or neither."""
 
-    sources: tuple[str, ...] = ("builtin:python",)
+    sources: Annotated[tuple[str, ...], PATH] = ("builtin:python",)
     """Files, folders, globs or URLs of the text. URLs begin with s3://, gs://, hf://datasets/, https:// and so on. A
     .txt, .md, .rst or .py file is one document; .jsonl, .ndjson, .json, .csv, .tsv, .parquet, .arrow and .feather hold
     one document per record. All but the last three may also end in .gz, .bz2, .xz or .zst. In a folder, hidden files,
@@ -98,7 +99,7 @@ class CorpusSettings(Record):
     fits. The template need not mark answers if they can be found without marks. If false, conversations are joined like
     texts and cut where a sequence ends."""
 
-    tokenizer: str | None = None
+    tokenizer: Annotated[str | None, PATH] = None
     """Folder or Hugging Face id of the tokenizer. Left out, a byte-level BPE tokenizer is trained (`vocab_size`)."""
 
     vocab_size: int | None = Field(None, ge=300, le=1 << 24)

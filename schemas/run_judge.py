@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from capgap.schemas.base import OPERATIONAL, Record
+from capgap.schemas.home import PATH
 from capgap.schemas.run_endpoint import EndpointSettings
 
 MT_BENCH_TEMPERATURES = {
@@ -71,7 +72,7 @@ class JudgeSettings(EndpointSettings):
     """`single`: the judge rates each answer from 1 to 10. `pairwise`: it compares the answers of every two models of
     one seed, and of each student and the teacher, in both orders. `both` does both."""
 
-    questions: str | None = None
+    questions: Annotated[str | None, PATH] = None
     """JSONL file of questions in MT-Bench's form. It holds question_id, category, turns and, for some, reference. Left
     out, capgap's own dozen of questions: enough to try the stage, but too few to tell models apart."""
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
 from pydantic import Field, model_validator
 
 from capgap.schemas.base import OPERATIONAL, Record
+from capgap.schemas.home import PATH
 from capgap.schemas.run_optimization import OptimizationSettings
 from capgap.schemas.run_prune import PruneSettings
 from capgap.schemas.run_quantize import QuantizeSettings
@@ -61,7 +62,7 @@ class TeacherSettings(Record):
     """A given teacher (`path`, perhaps with `adapt`), a teacher that a server runs (`served`), or a small teacher to
     train here (`model` and `training`)."""
 
-    path: str | None = None
+    path: Annotated[str | None, PATH] = None
     """Folder or Hugging Face id of the teacher."""
 
     served: str | None = Field(None, min_length=1)
@@ -130,7 +131,7 @@ class TeacherSettings(Record):
 class StudentSettings(Record):
     """Where the student's initial weights come from: one of `path`, `model` and `prune`."""
 
-    path: str | None = None
+    path: Annotated[str | None, PATH] = None
     """Folder or Hugging Face id of a model to start from."""
 
     model: ModelShape | None = None

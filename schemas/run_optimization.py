@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, JsonValue, ValidationError, field_validator, model_validator
 
 from capgap.schemas.base import OPERATIONAL, Record, below
+from capgap.schemas.home import PATH
 
 
 class LoggerSettings(Record):
@@ -16,7 +17,7 @@ class LoggerSettings(Record):
     """Short name of a known logger, or import path of a Lightning logger's class, for example
     `lightning.pytorch.loggers.CometLogger`."""
 
-    init_args: dict[str, JsonValue] = Field(default_factory=dict)
+    init_args: Annotated[dict[str, JsonValue], PATH] = Field(default_factory=dict)
     """Arguments of the logger. For a logger given by its short name, they override capgap's own arguments."""
 
     @classmethod

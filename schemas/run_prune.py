@@ -60,6 +60,6 @@ class PruneSettings(Record):
             return self.layers
         return "random" if self.importance == "random" else "block_influence"
 
-    def decisive(self) -> dict[str, Any]:
-        """Return the settings that decide the result, with the default of `layers` written out."""
-        return super().decisive() | {"layers": self.layer_importance}
+    def meant(self) -> dict[str, Any]:
+        """Return the score of layers, with its default."""
+        return {"layers": self.layer_importance}

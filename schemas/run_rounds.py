@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from capgap.schemas.base import OPERATIONAL, Record
+from capgap.schemas.home import PATH
 from capgap.schemas.run_judge import Probability
 
 Writer = Literal["teacher", "student"]
@@ -20,7 +21,7 @@ Writer = Literal["teacher", "student"]
 class RoundsSettings(Record):
     """Training in rounds on text that models write in answer to prompts, scored by the teacher."""
 
-    prompts: tuple[str, ...] = Field(min_length=1)
+    prompts: Annotated[tuple[str, ...], PATH] = Field(min_length=1)
     """JSONL files of prompts. A line is `{"messages": [...]}`, which the writer's chat template turns into a prompt, or
     `{"prompt": "..."}`, a text that is continued. `"reference"` beside it holds one right answer or several, if they
     are known. Messages may hold tool calls, with `tools` beside them, as in a corpus. Prompts are read and never

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, SerializerFunctionWrapHandler, ValidationError, model_serializer, model_validator
 
 from capgap.schemas.base import OPERATIONAL, PartOf, Record, below
+from capgap.schemas.home import PATH
 from capgap.schemas.run_align import AlignSettings
 from capgap.schemas.run_benchmark import BenchmarkSettings
 from capgap.schemas.run_cache import CacheSettings
@@ -35,7 +36,7 @@ class RunSections(Record):
     name: str
     """Name of the run, shown in its report."""
 
-    out: str = Field(json_schema_extra=OPERATIONAL)
+    out: Annotated[str, PATH] = Field(json_schema_extra=OPERATIONAL)
     """Folder that receives one folder per stage."""
 
     seeds: tuple[int, ...] = (0,)
@@ -45,7 +46,7 @@ class RunSections(Record):
     device: Literal["auto", "cpu", "cuda"] = Field("auto", json_schema_extra=OPERATIONAL)
     """Where models run. `auto` takes a GPU if there is one."""
 
-    reuse: dict[ReusableStage, str] = Field(default_factory=dict)
+    reuse: Annotated[dict[ReusableStage, str], PATH] = Field(default_factory=dict)
     """Finished stage folders of another run, used in place of a stage, for example one cache for many students. A cache
     is enough to train from: it holds tokenizer, context rule and held-out sequences. A cache may be a URL (s3:// and
     others); its shards are then kept in the folder CAPGAP_DOWNLOADS, up to CAPGAP_DOWNLOADS_GB."""

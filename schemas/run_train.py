@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
 from capgap.schemas.base import OPERATIONAL, Record
+from capgap.schemas.home import PATH
 from capgap.schemas.run_cache import RecordingName
 from capgap.schemas.run_optimization import OptimizationSettings
 
@@ -27,7 +28,7 @@ USUAL_CLIP = 0.2
 class FurtherCache(Record):
     """A cache that a student learns from in addition to the run's own."""
 
-    path: str | None = Field(None, json_schema_extra=OPERATIONAL)
+    path: Annotated[str | None, PATH] = Field(None, json_schema_extra=OPERATIONAL)
     """Folder or URL of a finished cache of any corpus and teacher, with the student's tokenizer. The cache found there
     decides the result, not its address. Left out, the run's own cache, to mix its two recordings."""
 

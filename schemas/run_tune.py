@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
 from capgap.schemas.base import OPERATIONAL, Record
+from capgap.schemas.home import PATH
 from capgap.schemas.run_cache import RecordingName
 from capgap.schemas.run_optimization import OptimizationSettings
 from capgap.schemas.run_train import TrainSettings
@@ -47,14 +48,14 @@ class LoraSettings(Record):
 class TuneSettings(OptimizationSettings):
     """How a trained student is tuned on conversations. A sequence is a row of whole conversations."""
 
-    path: str | None = None
+    path: Annotated[str | None, PATH] = None
     """Folder or Hugging Face id of a model to tune, once per seed, instead of the run's trained students."""
 
     trust_remote_code: bool = False
     """Run the Python code that comes with the model at `path`. That code can do anything that you can, so set this only
     if you trust its author."""
 
-    sources: tuple[str, ...] = ()
+    sources: Annotated[tuple[str, ...], PATH] = ()
     """Files, folders or globs of conversations to learn from. They have the file types of `corpus.sources`."""
 
     messages_field: str = Field("auto", min_length=1)
@@ -67,7 +68,7 @@ class TuneSettings(OptimizationSettings):
     max_bad_fraction: float = Field(0.01, gt=0, lt=1, json_schema_extra=OPERATIONAL)
     """With `on_bad_record: skip`: largest share of the records that may be bad. More is an error."""
 
-    chat_template: str | None = None
+    chat_template: Annotated[str | None, PATH] = None
     """Chat template that turns conversations into tokens. `own`: the tokenizer's. `roles`: a simple template that marks
     roles by special tokens, which are added to the tokenizer. Or the path of a Jinja file. Left out, `own`, or `roles`
     if the tokenizer has none."""
@@ -82,7 +83,7 @@ class TuneSettings(OptimizationSettings):
     """Put as many whole conversations into a row as fit, without attention between them. `false`: one conversation per
     row, for models whose attention cannot be restricted to one conversation."""
 
-    cache: str | None = Field(None, json_schema_extra=OPERATIONAL)
+    cache: Annotated[str | None, PATH] = Field(None, json_schema_extra=OPERATIONAL)
     """Learn from a cache instead of `sources`: a chat teacher's distributions over whole conversations, made with
     `corpus.messages_field` and `corpus.whole_conversations`. `own` is the run's own cache; or folder or URL of a
     finished one. The cache found there decides the result, not its address."""

@@ -12,6 +12,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from capgap.pipeline.cache.cross_check import CheckedShardScorer
+from capgap.pipeline.cache.held import SHARDS_PER_REPLICA
 from capgap.pipeline.cache.shards import CacheJob, FinishedShard, ShardScorer
 from capgap.pipeline.cache.vllm_start import leave_cores_unbound
 from capgap.pipeline.stage.context import StageContext
@@ -20,8 +21,6 @@ from capgap.pipeline.stage.fleet import CountedReplica, Fleet, require_seen
 from capgap.pipeline.stage.lease import LeaseRequest
 from capgap.pipeline.stage.ray_cluster import ray_cluster
 
-# the teacher scores one shard while another is encoded and written
-_IN_FLIGHT = 2
 _SETTING = "cache.replicas"
 
 
@@ -41,7 +40,9 @@ def make_by_replicas(job: CacheJob, indices: list[int], context: StageContext) -
     claim = LeaseRequest(context.holder, context.wait, context.group)
     num_gpus = 0 if job.device == "cpu" else job.settings.num_devices
     with ray_cluster(num_replicas, num_gpus, _SETTING) as cluster:
-        fleet = Fleet(cluster, Replica, (cluster.ray.put(_portable(job)), claim), num_replicas, _IN_FLIGHT, _SETTING)
+        fleet = Fleet(
+            cluster, Replica, (cluster.ray.put(_portable(job)), claim), num_replicas, SHARDS_PER_REPLICA, _SETTING
+        )
         yield from fleet.make(indices)
 
 

@@ -11,7 +11,7 @@ from itertools import accumulate
 from typing import Any
 
 from capgap.pipeline.cache.cross_check import CheckedShardScorer, read_cross_check
-from capgap.pipeline.cache.held import WRITING_THREADS, require_room
+from capgap.pipeline.cache.held import WRITING_THREADS, held_shards, require_room
 from capgap.pipeline.cache.label_loss import require_as_measured, say_if_it_knows_nothing
 from capgap.pipeline.cache.overlap import overlap
 from capgap.pipeline.cache.reopen import reopen
@@ -167,7 +167,8 @@ def _make(scorer: ShardScorer, context: StageContext) -> list[FinishedShard]:
     missing = [index for index in found if index not in done]
     if missing:
         largest = max(source.shards[index].num_sequences for index in missing)
-        require_room(scorer.job.settings, largest * source.seq_len, source.seq_len)
+        num_shards = held_shards(scorer.job.settings, len(missing))
+        require_room(scorer.job.settings, largest * source.seq_len, source.seq_len, num_shards)
     by_replicas = bool(missing) and context.run.cache.replicas > 1
     # each replica has its own device, which this process does not know
     device = "" if by_replicas else scorer.job.device

@@ -191,11 +191,12 @@ def _refusal(
 
 def _common_prefix(missing: set[str], unexpected: set[str]) -> str | None:
     """Return the prefix with which every missing name is among the unexpected names; None if there is none."""
-    for name in sorted(unexpected):
-        for part in _parents(name)[:-1]:
-            if {f"{part}.{one}" for one in missing} <= unexpected and missing:
-                return f"{part}."
-    return None
+    if not missing:
+        return None
+    first = min(missing)
+    # only what stands before one of the missing names can be the prefix of all: a mixture of experts has many names
+    prefixes = sorted(name.removesuffix(first) for name in unexpected if name.endswith(f".{first}"))
+    return next((prefix for prefix in prefixes if all(prefix + one in unexpected for one in missing)), None)
 
 
 def _some(names: Collection[str]) -> str:

@@ -41,6 +41,9 @@ FAULTS = (OpenAIError, ValueError, AttributeError, TypeError, IndexError, KeyErr
 # The status codes with which endpoints say that they do not list models.
 _NOT_LISTING = (400, 404, 405, 501)
 
+# The characters of an endpoint's error that are shown.
+_MOST_SHOWN = 300
+
 _AGAIN = "run the same command again, which goes on where this one stopped"
 
 
@@ -106,7 +109,7 @@ class Endpoint:
     def named(self, error: Exception) -> Exception:
         """Turn an error of `FAULTS` into a CapgapError, or into RefusedError if only this one request is at fault."""
         who, section = self.who, self._section
-        where, found = self._settings.base_url, self.clean(_said(error))
+        where, found = self._settings.base_url, self._said(error)
         match error:
             case APITimeoutError():
                 asked = f"{self._settings.num_retries + 1} requests of up to {self._settings.timeout_s:g} s"
@@ -153,6 +156,12 @@ class Endpoint:
         """Return the text with the key replaced by `[key]`."""
         return text.replace(self._key, "[key]") if len(self._key) >= _SHORTEST_SECRET else text
 
+    def _said(self, error: Exception) -> str:
+        """Return an error's text without the key, short and on one line; for a lost connection, its cause's text."""
+        text = str(error.__cause__ or error) if isinstance(error, APIConnectionError) else str(error)
+        # the key is replaced before the text is cut, because half a key would not be found
+        return self.clean(" ".join(text.split()))[:_MOST_SHOWN] or type(error).__name__
+
 
 def key_of(settings: EndpointSettings) -> str:
     """Return the key of the environment variable; empty where there is none.
@@ -166,9 +175,3 @@ def key_of(settings: EndpointSettings) -> str:
             "holds characters that no key has", where=settings.api_key_env, expected="printable ASCII without spaces"
         )
     return key
-
-
-def _said(error: Exception) -> str:
-    """Return an error's text, short and on one line; for a lost connection, the text of its cause."""
-    text = str(error.__cause__ or error) if isinstance(error, APIConnectionError) else str(error)
-    return " ".join(text.split())[:300] or type(error).__name__

@@ -60,6 +60,23 @@ def test_settings_are_laid_over_by_section_and_by_dotted_name(run_file: Path) ->
     assert used.student.model.hidden_size == 32
 
 
+def test_a_logger_of_the_callers_own_class_reaches_the_stages(
+    run_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CAPGAP_LOGGER_CLASSES", "")
+    own = {"loggers": ({"class_path": "mine.Logger"},)}
+    settings: dict[str, Any] = {"train": own, "arms": {"a": {"loggers": [{"class_path": "mine.Other"}]}}}
+    result = capgap.run(run_file, only="corpus", out=str(tmp_path), **settings)
+    assert result.made == ("corpus",)
+
+
+def test_a_dict_that_may_be_a_strangers_names_no_class(run_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CAPGAP_LOGGER_CLASSES", "")
+    values = yaml.safe_load(run_file.read_text()) | {"train": {"loggers": ({"class_path": "mine.Logger"},)}}
+    with pytest.raises(SettingError, match=r"train\.loggers.*cannot name a class.*to capgap\.run as train="):
+        capgap.run(values, only="corpus")
+
+
 def test_a_shipped_run_file_goes_by_its_name(tmp_path: Path) -> None:
     with pytest.raises(SettingError, match="no such stage"):
         capgap.run("demo", only="nothing", out=str(tmp_path))
@@ -71,6 +88,8 @@ def test_a_shipped_run_file_goes_by_its_name(tmp_path: Path) -> None:
     [
         ({"train.lerning_rate": 1.0}, r"run\.yaml, line \d+: train\.lerning_rate: no such setting"),
         ({"train": {"alpha": 2}}, r"train\.alpha"),
+        ({"train": {"learning_rate": float("inf")}}, r"train\.learning_rate: .*expected a number that is finite"),
+        ({"arms.a": {"clip_norm": float("nan")}}, r"arms\.a\.clip_norm: .*expected a number that is finite"),
         ({"only": "corpus", "from_stage": "cache"}, "exclude each other"),
     ],
 )

@@ -66,6 +66,7 @@ def test_advice_from_a_fit_as_json(tmp_path: Path, capsys: pytest.CaptureFixture
         ),
         (["fit", "none.jsonl"], "none.jsonl: no such table"),
         (["fit", "none.jsonl", "--delta", "0"], "--delta: not a difference"),
+        (["fit", "none.jsonl", "--delta", "inf"], "--delta: not a difference"),
         (["report", "none"], "there is no fit"),
         (["advise", "--student", "big", "--tokens", "1B", "--teachers", "7B"], "--student: not a count; found big"),
         (["advise", "--student", "1B", "--tokens", "1B"], "teachers"),

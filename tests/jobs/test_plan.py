@@ -55,8 +55,8 @@ def test_a_disk_that_is_too_small_is_said(out: list[str], capsys: pytest.Capture
     ("flags", "says"),
     [
         (["--mfu", "0.4"], "belong together"),
-        (["--device-peak-tflops", "900", "--mfu", "40"], "--mfu: no share; found 40"),
-        (["--train-tokens-per-s", "-1"], "--train-tokens-per-s: no rate; found -1"),
+        (["--device-peak-tflops", "900", "--mfu", "40"], "--mfu: not a share; found 40"),
+        (["--train-tokens-per-s", "-1"], "--train-tokens-per-s: not a rate; found -1"),
     ],
 )
 def test_a_rate_that_is_none_is_refused(

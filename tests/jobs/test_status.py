@@ -191,7 +191,7 @@ def test_a_stage_that_fails_under_the_watch_s_eyes_ends_it_with_its_word_and_cod
     ("flags", "said"),
     [
         (["--every", "5"], "--every: is for --watch; found 5, expected --watch beside it; give both, or neither"),
-        (["--watch", "--every", "0"], "--every: no interval; found 0.0, expected at least 0.1 seconds"),
+        (["--watch", "--every", "0"], "--every: not an interval; found 0.0, expected at least 0.1 seconds"),
     ],
 )
 def test_an_interval_that_means_nothing_is_refused(

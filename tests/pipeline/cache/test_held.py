@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from pydantic_core import from_json
 
-from capgap.pipeline.cache.held import held_bytes, require_room
+from capgap.pipeline.cache.held import held_bytes, held_shards, require_room
 from capgap.pipeline.cache.scoring import Scored
 from capgap.schemas.errors import MachineError
 from capgap.schemas.run_cache import CacheSettings
@@ -68,8 +68,19 @@ def test_shards_that_the_machine_has_no_room_for_are_refused(caplog: pytest.LogC
     with caplog.at_level(logging.INFO, "capgap"):
         require_room(CacheSettings(), 2048, 256)
     assert "up to 0.00 GB of targets are held at once, in shards of 2,048 tokens" in caplog.text
-    with pytest.raises(MachineError, match=r"corpus\.shard_sequences: .* found shards of 1,000,000,000,000 tokens"):
+    with pytest.raises(MachineError, match=r"corpus\.shard_sequences: .* found 3 shards of 1,000,000,000,000 tokens"):
         require_room(CacheSettings(), 10**12, 256)
+    with pytest.raises(MachineError, match=r"found 16 shards of 1,000,000,000,000 tokens at once, .*cache\.replicas"):
+        require_room(CacheSettings(replicas=8), 10**12, 256, num_shards=16)
+
+
+def test_shards_of_all_replicas_on_this_machine_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    assert held_shards(CacheSettings(), 100) == 3
+    assert held_shards(CacheSettings(replicas=8), 100) == 16
+    assert held_shards(CacheSettings(replicas=8), 5) == 10
+    monkeypatch.setenv("RAY_ADDRESS", "node:6379")
+    assert held_shards(CacheSettings(replicas=8), 100) == 2
 
 
 @pytest.mark.parametrize(("seq_len", "expected"), [(512, 1024), (2048, 1024), (4096, 512), (32768, 64), (2**22, 1)])

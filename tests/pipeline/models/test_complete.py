@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
-from capgap.pipeline.models.complete import require_complete
+from capgap.pipeline.models.complete import _common_prefix, require_complete
 from capgap.pipeline.models.load import load_model
 from capgap.schemas.errors import InputError
 
@@ -153,6 +153,23 @@ def test_a_wrapper_within_a_name_is_named_too(tmp_path: Path) -> None:
 def test_a_prefix_that_nobody_knows_is_named_where_everything_has_it(tmp_path: Path) -> None:
     folder = _changed(_saved(tmp_path), lambda weights: {f"student.net.{name}": one for name, one in weights.items()})
     assert "take the prefix 'student.net.' out of the tensors' names" in _refused(folder)
+
+
+def test_the_names_of_many_experts_are_compared_once_and_not_once_for_each_name() -> None:
+    """A mixture of experts has thousands of unexpected names, where all experts of a layer are one tensor."""
+
+    class Counted(set[str]):
+        passes = 0
+
+        def __iter__(self) -> Iterator[str]:
+            Counted.passes += 1
+            return super().__iter__()
+
+    missing = Counted(f"model.layers.{layer}.experts.down" for layer in range(48))
+    experts = {f"net.model.layers.{layer}.experts.{n}.down" for layer in range(48) for n in range(16)}
+    assert _common_prefix(missing, experts) is None
+    assert _common_prefix(missing, experts | {f"net.{name}" for name in missing}) == "net."
+    assert Counted.passes <= 5, "the names were gone through for each of hundreds of unexpected ones"
 
 
 def test_another_shape_is_named_with_both(tmp_path: Path) -> None:
