@@ -17,6 +17,8 @@ from capgap.schemas.errors import InputError, SettingError
 
 pytest.importorskip("lm_eval", reason="lm-eval is not installed")
 
+TASKS = Path(__file__).parents[2] / "assets" / "benchmarks"
+
 # with seven examples a prompt has 36 tokens of the 64 that the model takes
 ALL = {"animals": {"num_fewshot": 7}, "animals_written": {}, "pairs": {}}
 
@@ -121,6 +123,26 @@ def test_more_examples_than_there_are_is_said_in_one_line(make_context) -> None:
     context = make_context(tasks={"animals": {"num_fewshot": 40}}, limit=2)
     with pytest.raises(InputError, match=r"benchmarks\.tasks\.animals: the task animals cannot be measured; found \w+"):
         stage.run(context)
+
+
+def test_a_task_without_a_number_is_named_and_a_number_of_numpy_is_one(make_context, tmp_path: Path) -> None:
+    folder = tmp_path / "tasks"
+    shutil.copytree(TASKS, folder)
+    (folder / "mine.py").write_text(
+        "import numpy\n\ndef nothing(doc, results):\n    return {}\n\n"
+        "def half(doc, results):\n    return {'acc': 1}\n\ndef mean(values):\n    return numpy.float32(0.5)\n"
+    )
+    (folder / "silent.yaml").write_text("include: pairs.yaml\ntask: silent\nprocess_results: !function mine.nothing\n")
+    (folder / "half.yaml").write_text(
+        "include: pairs.yaml\ntask: half\nprocess_results: !function mine.half\n"
+        "metric_list: [{metric: acc, aggregation: !function mine.mean, higher_is_better: true}]\n"
+    )
+    asked = {"limit": 2, "include_path": str(folder), "trust_task_code": True}
+    with pytest.raises(InputError, match=r"^benchmarks\.tasks\.silent: the task silent reports no number; expected"):
+        stage.run(make_context("silent", tasks={"silent": {}}, **asked))
+    context = make_context("half", tasks={"half": {}}, **asked)
+    stage.run(context)
+    assert [row.value for row in results(context).rows] == [0.5]
 
 
 def test_data_that_are_not_there_name_the_task_before_the_model_is_loaded(make_context, tmp_path: Path) -> None:
