@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from typing import Literal
 
+from pydantic import Field
+
 from capgap.schemas.base import Record
 
 BENCHMARK_NAME = "benchmark.json"
@@ -73,11 +75,8 @@ class BenchmarkMean(Record):
     """The standard error of that mean; None where a task has none."""
 
 
-class BenchmarkResults(Record):
-    """Everything in `benchmark.json`."""
-
-    model: str
-    """Instance that made the model: `teacher`, or `train/<arm>/seed-<seed>`."""
+class BenchmarkConditions(Record):
+    """How a model was measured."""
 
     backend: Literal["hf", "vllm"]
     """What ran it."""
@@ -88,11 +87,21 @@ class BenchmarkResults(Record):
     context_tokens: int
     """Longest prompt with its answer."""
 
-    limit: int | None
-    """Examples of each task at most; None for all of them."""
-
     versions: dict[str, str]
     """Versions of lm-eval, of what it reads data with, and of the backend."""
+
+
+class BenchmarkResults(BenchmarkConditions):
+    """Everything in `benchmark.json`; the conditions are those of the process that measured last."""
+
+    earlier: dict[str, BenchmarkConditions] = Field(default_factory=dict)
+    """Where a killed process measured some tasks under other conditions: those, by the task's name in the run file."""
+
+    model: str
+    """Instance that made the model: `teacher`, or `train/<arm>/seed-<seed>`."""
+
+    limit: int | None
+    """Examples of each task at most; None for all of them."""
 
     rows: tuple[BenchmarkRow, ...]
     """In the order of the run file, the main one of each task first."""

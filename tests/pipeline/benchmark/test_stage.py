@@ -12,6 +12,7 @@ import torch
 
 from capgap.pipeline.benchmark import stage
 from capgap.pipeline.benchmark.measure import measure
+from capgap.pipeline.stage.versions import versions_of
 from capgap.schemas.benchmark import BenchmarkResults
 from capgap.schemas.errors import InputError, SettingError
 
@@ -110,6 +111,27 @@ def test_a_stage_that_was_killed_goes_on_with_the_next_task(make_context, throug
     stage.run(context)
     assert asked == ["animals", "animals_written", "animals_written", "pairs"]
     assert results(context) == through_transformers
+
+
+def test_a_task_that_a_killed_stage_measured_otherwise_says_so(make_context, monkeypatch) -> None:
+    context = make_context(tasks={"animals": {}, "pairs": {}}, limit=2)
+
+    def until_killed(lm, loaded, one, settings):
+        if one.task == "pairs":
+            raise KeyboardInterrupt
+        return measure(lm, loaded, one, settings)
+
+    with monkeypatch.context() as older:
+        older.setattr(stage, "measure", until_killed)
+        older.setattr(stage, "versions_of", lambda names: {"lm-eval": "0.4.1"})
+        with pytest.raises(KeyboardInterrupt):
+            stage.run(context)
+    stage.run(context)
+    found = results(context)
+    assert found.versions["lm-eval"] == versions_of(["lm-eval"])["lm-eval"] and found.backend == "hf"
+    assert list(found.earlier) == ["animals"]
+    assert found.earlier["animals"].versions == {"lm-eval": "0.4.1"}
+    assert found.earlier["animals"].backend == "hf" and found.earlier["animals"].context_tokens == 64
 
 
 def test_lm_eval_is_silent_off_a_terminal(make_context, capfd) -> None:
