@@ -46,10 +46,10 @@ def export_command(argv: Sequence[str]) -> int:
     log(
         "exported",
         f"export: {made.num_files} files, {made.num_bytes:,} bytes, in {made.folder}"
-        + (f"; {made.top_k} of them were there" if made.top_k else ""),
+        + (f"; {made.num_kept_files} of them were there" if made.num_kept_files else ""),
         folder=str(made.folder),
         num_files=made.num_files,
-        top_k=made.top_k,
+        num_kept_files=made.num_kept_files,
         num_bytes=made.num_bytes,
     )
     return 0
