@@ -7,12 +7,14 @@ from pathlib import Path
 
 from capgap.jobs.arguments import Parser, one_of, parse, parse_settings
 from capgap.jobs.logs import log
+from capgap.pipeline.stage.events import set_stage
 from capgap.schemas.interchange import ImportSettings
 
 
 def import_command(argv: Sequence[str]) -> int:
     """`capgap import`: a corpus and a cache of another program's captures."""
     settings, flags, _ = parse_settings(import_parser(), argv, ImportSettings)
+    set_stage("import")
     from capgap.pipeline.interchange.importing import import_captures
 
     made = import_captures(settings, flags["force"])

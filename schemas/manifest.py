@@ -286,7 +286,7 @@ class Manifest(WorkOrder):
     slices do. Of a killed one what its last heartbeat says."""
 
     command: tuple[str, ...]
-    """The command line."""
+    """The command that was typed, which may be that of a whole run; credentials in it are `***`."""
 
     resolved: dict[str, Any] = Field(default_factory=dict)
     """The whole run file with its defaults, operational settings included."""

@@ -20,10 +20,12 @@ import pytest
 import yaml
 from safetensors.torch import load_file
 
+from capgap.pipeline.stage.command import typed_command
 from capgap.pipeline.stage.context import Instance
 from capgap.pipeline.stage.manifests import read_manifest
 from capgap.pipeline.stage.ranks import Ranks, Rendezvous, ranks_in_environment
 from capgap.pipeline.workflow.carry_out import carry_out
+from capgap.pipeline.workflow.launch import _surroundings
 from capgap.pipeline.workflow.together import LostRankError, _as_one_voice
 from capgap.schemas.errors import MachineError
 
@@ -236,3 +238,13 @@ def test_a_later_rank_whose_error_has_no_text_is_silent_too(monkeypatch) -> None
     lost = _as_one_voice(AssertionError(), TEACHER, rendezvous)
     assert isinstance(lost, LostRankError) and lost.already_said
     assert lost.found == "AssertionError"
+
+
+def test_ranks_know_the_command_that_was_typed(monkeypatch) -> None:
+    typed = ["capgap", "train", "my run.yaml"]
+    monkeypatch.delenv("CAPGAP_COMMAND", raising=False)
+    monkeypatch.setattr(sys, "argv", typed)
+    with _surroundings(2):
+        monkeypatch.setattr(sys, "argv", ["cli.py", "train", "--config", "gone.json"])
+        assert typed_command() == typed
+    assert "CAPGAP_COMMAND" not in os.environ
