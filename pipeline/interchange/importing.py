@@ -33,6 +33,7 @@ from capgap.pipeline.stage.folder import WORK_FOLDER
 from capgap.pipeline.stage.manifests import record_sources
 from capgap.pipeline.stage.progress import progress
 from capgap.pipeline.store import (
+from capgap.pipeline.stage.sources import model_files
     Block,
     Codec,
     ShardReader,
@@ -211,9 +212,9 @@ def _teacher(
         model = check_given_model(settings.teacher, corpus, "--teacher", False)[1]
         return StageResult(facts=model.model_dump(mode="json"), totals={"num_parameters": model.num_parameters})
 
-    files = sorted(file for file in Path(settings.teacher).iterdir() if file.is_file())
+    sources = record_sources(model_files(settings.teacher))
     resolved = {"import": settings.model_dump(mode="json"), "teacher": {"path": settings.teacher}}
-    made = make_folder(folder, order, record_sources(files), resolved, check, force)
+    made = make_folder(folder, order, sources, resolved, check, force)
     return made, entry_of(folder, made.manifest)
 
 
