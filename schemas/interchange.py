@@ -100,7 +100,8 @@ class ImportSettings(Record):
     top_k: int | None = Field(None, ge=1, le=65535)
     """Top-k tokens kept of each target; what is cut joins the tail. Where it is left out, as many as the narrowest
     target of the first rows has whose label counts; an error if more than half of all ids would be cut. Profile `small`
-    keeps as many as the widest of them has, and of a narrower target what it has."""
+    keeps as many as the widest of them has, and of a narrower target what it has. A warning counts the later targets
+    that are wider."""
 
     profile: Profile = "near-lossless"
     """How exactly logprobs are stored, as `cache.profile`."""
