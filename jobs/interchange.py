@@ -7,12 +7,14 @@ from pathlib import Path
 
 from capgap.jobs.arguments import Parser, one_of, parse, parse_settings
 from capgap.jobs.logs import log
+from capgap.pipeline.stage.events import set_stage
 from capgap.schemas.interchange import ImportSettings
 
 
 def import_command(argv: Sequence[str]) -> int:
     """Run `capgap import`: make a corpus and a cache of another program's captures."""
     settings, flags, _ = parse_settings(import_parser(), argv, ImportSettings)
+    set_stage("import")
     from capgap.pipeline.interchange.importing import import_captures
 
     made = import_captures(settings, flags["force"])
@@ -46,10 +48,10 @@ def export_command(argv: Sequence[str]) -> int:
     log(
         "exported",
         f"export: {made.num_files} files, {made.num_bytes:,} bytes, in {made.folder}"
-        + (f"; {made.top_k} of them were finished before" if made.top_k else ""),
+        + (f"; {made.num_kept_files} of them were finished before" if made.num_kept_files else ""),
         folder=str(made.folder),
         num_files=made.num_files,
-        top_k=made.top_k,
+        num_kept_files=made.num_kept_files,
         num_bytes=made.num_bytes,
     )
     return 0

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from typing import Literal
 
+from pydantic import Field
+
 from capgap.schemas.base import Record
 
 BENCHMARK_NAME = "benchmark.json"
@@ -73,11 +75,8 @@ class BenchmarkMean(Record):
     """Standard error of that mean; None if a task has none."""
 
 
-class BenchmarkResults(Record):
-    """The content of `benchmark.json`."""
-
-    model: str
-    """Instance that made the model: `teacher`, or `train/<arm>/seed-<seed>`."""
+class BenchmarkConditions(Record):
+    """The conditions under which a model was measured."""
 
     backend: Literal["hf", "vllm"]
     """Library that ran the model."""
@@ -88,11 +87,21 @@ class BenchmarkResults(Record):
     context_tokens: int
     """Largest number of tokens of a prompt and its answer."""
 
-    limit: int | None
-    """Largest number of examples of each task; None for all."""
-
     versions: dict[str, str]
     """Versions of lm-eval, of the libraries with which it reads data, and of the backend."""
+
+
+class BenchmarkResults(BenchmarkConditions):
+    """The content of `benchmark.json`; the conditions are those of the process that measured last."""
+
+    earlier: dict[str, BenchmarkConditions] = Field(default_factory=dict)
+    """The conditions of tasks that a killed process measured under other ones, by the task's name in the run file."""
+
+    model: str
+    """Instance that made the model: `teacher`, or `train/<arm>/seed-<seed>`."""
+
+    limit: int | None
+    """Largest number of examples of each task; None for all."""
 
     rows: tuple[BenchmarkRow, ...]
     """The rows in the order of the run file, the main metric of each task first."""

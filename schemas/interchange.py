@@ -104,7 +104,8 @@ class ImportSettings(Record):
     top_k: int | None = Field(None, ge=1, le=65535)
     """Most probable tokens stored of each target; the others join the tail. Left out, the smallest number of ids that a
     labelled target of the first rows has, with an error if that would cut more than half of all ids. With profile
-    `small`, which stores targets of different lengths, the largest number."""
+    `small`, which stores targets of different lengths, the largest number. A warning counts the later targets that are
+    wider."""
 
     profile: Profile = "near-lossless"
     """How exactly logprobs are stored, with the values of `cache.profile`."""

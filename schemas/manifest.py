@@ -287,7 +287,7 @@ class Manifest(WorkOrder):
     heartbeat, and slices that worked at the same time."""
 
     command: tuple[str, ...]
-    """The command line."""
+    """The command that was typed, which may be that of a whole run; credentials in it are `***`."""
 
     resolved: dict[str, Any] = Field(default_factory=dict)
     """The whole run file with all defaults, including operational settings."""

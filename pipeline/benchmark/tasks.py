@@ -37,7 +37,8 @@ def check_tasks(settings: BenchmarkSettings) -> tuple[Asked, ...]:
     """Return the tasks that are asked for, after checks that all of them can be run.
 
     Raises:
-        SettingError: A task does not exist, runs programs without permission, or takes no examples and is given some.
+        SettingError: A task does not exist or is asked for twice, runs programs without permission, or takes no
+            examples and is given some; or a preset of several tasks is given a task's settings.
         InputError: A folder of tasks is missing, or would run code.
         MachineError: lm-eval is not installed.
     """
@@ -45,7 +46,9 @@ def check_tasks(settings: BenchmarkSettings) -> tuple[Asked, ...]:
     if settings.include_path is not None:
         folder = Path(settings.include_path)
         if not folder.is_dir():
-            raise InputError("there is no such folder", where="benchmarks.include_path", found=folder)
+            raise InputError(
+                "there is no such folder", where="benchmarks.include_path", found=folder, expected="a folder of tasks"
+            )
         if not settings.trust_task_code:
             require_plain_tasks(folder)
     asked = asked_tasks(settings.tasks)
@@ -53,7 +56,7 @@ def check_tasks(settings: BenchmarkSettings) -> tuple[Asked, ...]:
     for one in asked:
         where = f"benchmarks.tasks.{one.name}"
         if one.task not in index:
-            near = difflib.get_close_matches(one.task, [*SUITES, *PRESETS, *index], n=3)
+            near = difflib.get_close_matches(one.task, dict.fromkeys([*SUITES, *PRESETS, *index]), n=3)
             fix = f"did you mean {' or '.join(near)}?" if near else "`lm-eval ls tasks` lists those of lm-eval"
             raise SettingError("no such task", where="benchmarks.tasks", found=one.task, fix=fix)
         for name, task in _leaves(index, one.task):

@@ -42,13 +42,13 @@ class Exported:
     Attributes:
         folder: Folder that holds the files.
         num_files: Number of Parquet files in it.
-        top_k: Number of those files that an earlier export had finished.
+        num_kept_files: Number of those files that an earlier export had finished.
         num_bytes: Size of all files in bytes.
     """
 
     folder: Path
     num_files: int
-    top_k: int
+    num_kept_files: int
     num_bytes: int
 
 
@@ -78,7 +78,7 @@ def export_cache(location: str, folder: Path, recordings: tuple[RecordingName, .
         if set_name in manifest.shard_sets and manifest.shard_sets[set_name].shards
     ]
     folder.mkdir(parents=True, exist_ok=True)
-    num_files = top_k = num_bytes = 0
+    num_files = num_kept_files = num_bytes = 0
     with progress("export", sum(len(shards.shards) for *_, shards in parts), "shards") as meter:
         for name, split, shards in parts:
             reader = ShardReader(at, shards)
@@ -97,13 +97,13 @@ def export_cache(location: str, folder: Path, recordings: tuple[RecordingName, .
                 is_there = _is_finished(path, said)
                 if not is_there:
                     _write(path, reader, number, said)
-                num_files, top_k = num_files + 1, top_k + is_there
+                num_files, num_kept_files = num_files + 1, num_kept_files + is_there
                 num_bytes += path.stat().st_size
                 meter.advance(tokens=shard.num_sequences * shards.seq_len)
     write_atomically(
         folder / CARD_NAME, card(location, manifest, facts, {(name, split): s for name, split, s in parts})
     )
-    return Exported(folder, num_files, top_k, num_bytes)
+    return Exported(folder, num_files, num_kept_files, num_bytes)
 
 
 def _is_finished(path: Path, expected: ExportFacts) -> bool:

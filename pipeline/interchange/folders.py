@@ -1,23 +1,20 @@
-"""Finished folders that no run file's stage made, with the same work order, files, manifest and locks as a stage's."""
+"""Finished folders that no run file's stage made, with work order, manifest, locks and heartbeat like a stage's."""
 
 from __future__ import annotations
 
-import sys
-import time
 from collections.abc import Callable
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from capgap.pipeline.stage.context import StageInput, StageResult
 from capgap.pipeline.stage.events import event
-from capgap.pipeline.stage.folder import WORK_FOLDER, begin, clear, content_files, finish, locked_folder, remove_halves
-from capgap.pipeline.stage.identity import content_of, first_difference, identity_of
+from capgap.pipeline.stage.finish import Clock, finish_with
+from capgap.pipeline.stage.folder import WORK_FOLDER, begin, clear, locked_folder
+from capgap.pipeline.stage.heartbeat import heartbeat
+from capgap.pipeline.stage.identity import first_difference, identity_of
 from capgap.pipeline.stage.manifests import read_manifest, read_work_order, require_seal
-from capgap.pipeline.stage.versions import earlier_versions, versions
 from capgap.schemas.errors import MismatchError
 from capgap.schemas.manifest import InputEntry, Manifest, SourceEntry, WorkOrder
-from capgap.schemas.secrets import redacted
 
 
 def order_for(stage: str, settings: dict[str, Any], inputs: dict[str, InputEntry]) -> WorkOrder:
@@ -54,7 +51,7 @@ def make_folder(
         MachineError: Another process works on the folder.
         CapgapError: Whatever `work` raises.
     """
-    started, begun_at = time.monotonic(), datetime.now(UTC).isoformat(timespec="seconds")
+    clock = Clock()
     with locked_folder(folder):
         manifest = read_manifest(folder)
         if manifest is not None and not force and _holds(folder, manifest, order):
@@ -68,31 +65,9 @@ def make_folder(
             if manifest is not None:
                 clear(folder)
         begin(folder, order)
-        (folder / WORK_FOLDER).mkdir(exist_ok=True)
-        result = work(folder)
-        remove_halves(folder)
-        files = content_files(folder)
-        made = finish(
-            folder,
-            Manifest(
-                **order.model_dump(),
-                content=content_of(files, sources),
-                sources=sources,
-                files=files,
-                shard_sets=result.shard_sets,
-                facts=result.facts,
-                totals=result.totals,
-                versions=versions(),
-                earlier_versions=earlier_versions(folder / WORK_FOLDER),
-                started=begun_at,
-                wall_s=round(time.monotonic() - started, 3),
-                command=tuple(map(redacted, sys.argv)),
-                resolved=resolved,
-            ),
-        )
-        wall_s = made.wall_s
-        event("stage_done", f"{order.instance}: done in {wall_s:.1f} s", wall_s=wall_s, totals=result.totals)
-        return StageInput(folder, made)
+        clock.begin()
+        with heartbeat(folder / WORK_FOLDER):
+            return StageInput(folder, finish_with(folder, order, sources, work(folder), resolved, clock))
 
 
 def _holds(folder: Path, manifest: Manifest, order: WorkOrder) -> bool:

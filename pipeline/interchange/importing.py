@@ -25,13 +25,15 @@ from capgap.pipeline.interchange.captures import begins_with
 from capgap.pipeline.interchange.folders import entry_of, make_folder, order_for
 from capgap.pipeline.interchange.pack import Sequence, pack, to_sequences, to_topk
 from capgap.pipeline.interchange.plan import SPLITS, Plan, plan
-from capgap.pipeline.interchange.widths import MOST_CUT, choose_top_k
+from capgap.pipeline.interchange.widths import MOST_CUT, Cuts, choose_top_k
 from capgap.pipeline.models.checks import check_given_model
 from capgap.pipeline.models.text import TOKENIZER_FOLDER, write_tokenizer
 from capgap.pipeline.stage.context import StageInput, StageResult
+from capgap.pipeline.stage.events import event
 from capgap.pipeline.stage.folder import WORK_FOLDER
 from capgap.pipeline.stage.manifests import record_sources
 from capgap.pipeline.stage.progress import progress
+from capgap.pipeline.stage.sources import model_files
 from capgap.pipeline.store import (
     Block,
     Codec,
@@ -50,8 +52,6 @@ from capgap.schemas.interchange import ImportSettings
 from capgap.schemas.manifest import InputEntry, ShardEntry, ShardSet
 from capgap.schemas.records import ChunkTargets, Sequences
 from capgap.schemas.run_model import TeacherSettings
-
-_LOG = logging.getLogger("capgap")
 
 # Values of engine and dtype, which the captures do not say.
 ENGINE, DTYPE = "imported", "unknown"
@@ -143,14 +143,13 @@ def _say_beginnings(planned: Plan, num_begun: int, num_documents: int) -> None:
     """Log what the documents begin with; the teacher saw that when it was captured, and it cannot be changed now."""
     is_usual = bool(planned.usual_bos_ids)
     name = ascii(planned.tokenizer.decode(planned.bos_ids)) if planned.bos_ids else "nothing"
+    text, level = f"import: a document begins with {name if num_begun else 'nothing'}", logging.INFO
     if 0 < num_begun < num_documents or (is_usual and not num_begun):
-        _LOG.warning(
-            "import: %s of %s documents begin with %s%s",
-            *(f"{num_begun:,}" if num_begun else "none", f"{num_documents:,}", name),
-            ", as the tokenizer would have it: the teacher may predict the others less well" if is_usual else "",
-        )
-    else:
-        _LOG.info("import: a document begins with %s", name if num_begun else "nothing")
+        level = logging.WARNING
+        text = f"import: {f'{num_begun:,}' if num_begun else 'none'} of {num_documents:,} documents begin with {name}"
+        if is_usual:
+            text += ", as the tokenizer would have it: the teacher may predict the others less well"
+    event("import_beginnings", text, level, num_begun=num_begun, num_documents=num_documents)
 
 
 class _Counts:
@@ -211,9 +210,9 @@ def _teacher(
         model = check_given_model(settings.teacher, corpus, "--teacher", False)[1]
         return StageResult(facts=model.model_dump(mode="json"), totals={"num_parameters": model.num_parameters})
 
-    files = sorted(file for file in Path(settings.teacher).iterdir() if file.is_file())
+    sources = record_sources(model_files(settings.teacher))
     resolved = {"import": settings.model_dump(mode="json"), "teacher": {"path": settings.teacher}}
-    made = make_folder(folder, order, record_sources(files), resolved, check, force)
+    made = make_folder(folder, order, sources, resolved, check, force)
     return made, entry_of(folder, made.manifest)
 
 
@@ -223,7 +222,11 @@ def _make_cache(planned: Plan, corpus: StageInput, teacher: ModelFacts | None, f
     write_atomically(folder / RANKING_NAME, ranking.data)
     write_tokenizer(corpus, settings.teacher, folder)
     is_ragged = settings.profile == "small"
-    top_k = min(settings.top_k or _top_k(planned, is_ragged), vocab_size)
+    has_ragged = any(of is not None and of.facts.profile == "small" for of in planned.exports.values())
+    # targets of an export, which are of several widths, are not cut unless that is asked for
+    most_cut = 0 if has_ragged else MOST_CUT
+    top_k = min(settings.top_k or _top_k(planned, is_ragged, most_cut), vocab_size)
+    cuts = Cuts(top_k, most_cut if settings.top_k is None else 1)
     name = TOPK_CODECS[settings.profile]
     # of logprobs that `small` has cut already, a second cut to 99 % would keep less than 99 % of the teacher's own
     was_cut = all(of is not None and of.facts.profile == "small" for of in planned.exports.values())
@@ -236,12 +239,15 @@ def _make_cache(planned: Plan, corpus: StageInput, teacher: ModelFacts | None, f
         shards = []
         with progress(f"import: {split}", len(source.shards), "shards") as meter:
             for number, packed in enumerate(_shards(planned, split, with_targets=True)):
+                cuts.add(row for one in packed for row in one.rows)
                 blocks = list(_blocks(planned, corpus, source, number, packed, codec))
                 if split == "student":
                     counts.add(blocks)
                 shards.append(writer.finished(number) or writer.write(number, blocks))
                 meter.advance(tokens=shards[-1].num_sequences * planned.seq_len)
         sets[_SET_NAMES[split]] = writer.shard_set(shards)
+    if settings.top_k is None:
+        cuts.finish()
     recording = RecordingFacts(num_ids=top_k, profile=settings.profile, temperatures=(settings.temperature,))
     facts = CacheFacts(
         **CorpusFacts.model_validate(corpus.manifest.facts).model_dump(),
@@ -328,9 +334,7 @@ def _shards(planned: Plan, split: str, with_targets: bool) -> Iterator[list[Sequ
         yield shard
 
 
-def _top_k(planned: Plan, is_ragged: bool) -> int:
-    """Return the number of ids to keep of each target; ids of an export with targets of several widths are not cut."""
+def _top_k(planned: Plan, is_ragged: bool, most_cut: float) -> int:
+    """Return the number of ids to keep of each target."""
     exported = max((0 if of is None else of.facts.num_ids for of in planned.exports.values()), default=0)
-    has_ragged = any(of is not None and of.facts.profile == "small" for of in planned.exports.values())
-    rows = planned.rows("student", with_targets=True)
-    return choose_top_k(rows, is_ragged, exported, 0 if has_ragged else MOST_CUT)
+    return choose_top_k(planned.rows("student", with_targets=True), is_ragged, exported, most_cut)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import logging
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -22,6 +21,7 @@ from capgap.pipeline.interchange.shift import proven
 from capgap.pipeline.interchange.survey import longest_row, start_within
 from capgap.pipeline.models.bos import document_bos
 from capgap.pipeline.models.tokenizers import load_tokenizer, tokenizer_facts
+from capgap.pipeline.stage.events import event
 from capgap.pipeline.stage.manifests import record_sources
 from capgap.schemas.distillkit import DistillKitConfig
 from capgap.schemas.errors import InputError, MismatchError
@@ -29,8 +29,6 @@ from capgap.schemas.facts import TokenizerFacts
 from capgap.schemas.interchange import ImportSettings
 from capgap.schemas.manifest import SourceEntry
 from capgap.schemas.run_corpus import ContextRule
-
-_LOG = logging.getLogger("capgap")
 
 SPLITS = ("student", "heldout")
 
@@ -226,7 +224,9 @@ def _files(settings: ImportSettings) -> dict[str, list[Path]]:
             fix="name others beside them, or leave --heldout out to hold out a share of the rows",
         )
     if len(student) < len(sources):
-        _LOG.info("import: %s of %s files are held out, and not trained on", len(sources) - len(student), len(sources))
+        num_heldout = len(sources) - len(student)
+        text = f"import: {num_heldout} of {len(sources)} files are held out, and not trained on"
+        event("import_heldout", text, num_heldout=num_heldout, num_files=len(sources))
     return {"student": student, "heldout": heldout}
 
 

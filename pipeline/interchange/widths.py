@@ -16,13 +16,12 @@ import numpy as np
 
 from capgap.pipeline.interchange.captures import CapturedRow, RowTargets
 from capgap.pipeline.interchange.ragged import Int64Array
+from capgap.pipeline.stage.events import event
 from capgap.schemas.errors import InputError
-
-_LOG = logging.getLogger("capgap")
 
 # The widths of the first rows decide, and this many rows are read.
 _FIRST_ROWS = 16
-# A cut of more than this share of all ids, to the width of the narrowest target, needs an explicit --top_k.
+# A cut of more than this share of all ids, to the width of the first rows' targets, needs an explicit --top_k.
 MOST_CUT = 0.5
 _SILENT = "set loss_mask to 0 where the teacher said nothing"
 
@@ -115,12 +114,78 @@ def choose_top_k(rows: Iterable[CapturedRow], is_ragged: bool, exported: int, mo
             + _SILENT,
         )
     if narrowest < widest:
-        _LOG.info(
-            "import: %s ids of each target are kept, as many as the narrowest of the first ones has (%s); others have "
-            "up to %s, and what is cut joins the tail",
-            *(narrowest, where, widest),
+        event(
+            "import_top_k",
+            f"import: {narrowest} ids of each target are kept, as many as the narrowest of the first ones has "
+            f"({where}); others have up to {widest}, and what is cut joins the tail",
+            top_k=narrowest,
+            widest=widest,
+            where=where,
         )
     return narrowest
+
+
+class Cuts:
+    """Counts what is cut of targets whose label counts, because the first rows decided how many ids are kept.
+
+    Args:
+        top_k: Number of ids that are kept of each target.
+        most_cut: Largest share of all ids that may be cut.
+    """
+
+    def __init__(self, top_k: int, most_cut: float) -> None:
+        self._top_k, self._most_cut = top_k, most_cut
+        self._num_targets = self._num_cut = self._num_ids = self._num_lost = self._widest = 0
+        self._where = ""
+
+    def add(self, rows: Iterable[CapturedRow]) -> None:
+        """Count the targets of some rows; raises InputError as `finish` does where nothing at all may be cut."""
+        for row in rows:
+            assert row.targets is not None
+            widths_T = np.where(row.counts_T, row.targets.widths_T, 0)
+            is_cut_T = widths_T > self._top_k
+            if is_cut_T.any() and not self._where:
+                self._where = f"{row.where}, target {int(np.flatnonzero(is_cut_T)[0])}"
+            self._num_targets += int(row.counts_T.sum())
+            self._num_cut += int(is_cut_T.sum())
+            self._num_ids += int(widths_T.sum())
+            self._num_lost += int(np.maximum(widths_T - self._top_k, 0).sum())
+            self._widest = max(self._widest, int(widths_T.max(initial=0)))
+        if not self._most_cut:
+            self._require_few()
+
+    def finish(self) -> None:
+        """Log how many targets were cut, if any were.
+
+        Raises:
+            InputError: More than `most_cut` of all ids were cut.
+        """
+        self._require_few()
+        if self._num_cut:
+            event(
+                "import_cut",
+                f"import: {self._num_cut:,} of {self._num_targets:,} targets have more than {self._top_k} ids, up to "
+                f"{self._widest}, the first in {self._where}: {self._num_lost / self._num_ids:.0%} of all ids are cut "
+                "and join the tail; --top_k says how many are kept",
+                logging.WARNING,
+                top_k=self._top_k,
+                num_cut=self._num_cut,
+                num_targets=self._num_targets,
+                widest=self._widest,
+                where=self._where,
+            )
+
+    def _require_few(self) -> None:
+        if self._num_lost > self._most_cut * self._num_ids:
+            raise InputError(
+                "targets with far more ids than those of the first rows",
+                where=self._where,
+                found=f"up to {self._widest} in {self._num_cut:,} of {self._num_targets:,} targets: "
+                f"{self._num_lost / self._num_ids:.0%} of all ids would be cut",
+                expected=f"at most {self._top_k}, as in the first rows",
+                fix=f"set --top_k {self._widest} and --profile small to keep them all, or --top_k {self._top_k} to cut "
+                "them",
+            )
 
 
 def _require_ids(row: CapturedRow, widths_T: Int64Array) -> None:

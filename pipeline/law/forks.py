@@ -15,6 +15,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
+from capgap.pipeline.stage.command import handed_on
 from capgap.pipeline.workflow.driver import Start
 
 _HEAVY = (
@@ -67,7 +68,7 @@ def _be_the_command(main: Callable[[Sequence[str]], int], arguments: list[str], 
 
         # torch has read OMP_NUM_THREADS at its import in the parent, so the number of threads is set here
         torch.set_num_threads(1)
-        os.environ.update(PYTHONSAFEPATH="1", CAPGAP_DRIVER_PID=str(parent))
+        os.environ.update(handed_on(), PYTHONSAFEPATH="1", CAPGAP_DRIVER_PID=str(parent))
         sys.argv = ["capgap", *arguments]
         code = main(arguments)
         sys.stdout.flush()

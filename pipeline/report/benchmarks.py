@@ -94,8 +94,9 @@ def _score(values: Sequence[_Value]) -> Score:
 
 def _notes(models: dict[str, list[BenchmarkResults]]) -> tuple[str, ...]:
     every = [one for results in models.values() for one in results]
-    ways = sorted({f"{one.backend}, {one.dtype}" for one in every})
-    versions = sorted({one.versions["lm-eval"] for one in every})
+    conditions = [way for one in every for way in (one, *one.earlier.values())]
+    ways = sorted({f"{one.backend}, {one.dtype}" for one in conditions})
+    versions = sorted({one.versions["lm-eval"] for one in conditions})
     seeds = any(len(results) > 1 for results in models.values())
     errors = "+- is lm-eval's standard error over examples" + (", of several seeds their deviation" if seeds else "")
     notes = [f"benchmarks: lm-eval {', '.join(versions)} through {' and '.join(ways)}; {errors}"]

@@ -51,14 +51,17 @@ class Ranks:
 
 
 def ranks_in_environment() -> Ranks | None:
-    """Return the ranks that a launcher has set in the environment; None where WORLD_SIZE is missing or 1.
+    """Return the ranks that a launcher has set in the environment; None where this process is the only one.
+
+    It is the only one where WORLD_SIZE is missing or 1, and no other variable names a rank above 0.
 
     Raises:
-        MachineError: The other variables are missing or contradict one another.
+        MachineError: Some of the variables are missing, or they contradict one another.
     """
     names = {"rank": "RANK", "world_size": "WORLD_SIZE", "local_rank": "LOCAL_RANK", "local_size": "LOCAL_WORLD_SIZE"}
     found = {field: os.environ[name] for field, name in names.items() if name in os.environ}
-    if found.get("world_size", "1") == "1":
+    is_first = all(found.get(field, "0") == "0" for field in ("rank", "local_rank"))
+    if found.get("world_size", "1") == "1" and is_first:
         return None
     ranks = Ranks(**{field: int(value) for field, value in found.items() if value.isdigit()})
     sound = ranks.rank < ranks.world_size and ranks.local_rank < ranks.local_size

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import pickle
 import signal
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
@@ -33,7 +34,8 @@ def run_in_processes(
 
     Raises:
         MachineError: A process was killed.
-        Exception: Whatever one of the processes raised; the others are killed.
+        RuntimeError: A process raised an error that cannot be sent to this one; the message has its type and text.
+        Exception: Whatever else one of the processes raised; the others are killed.
     """
     context = multiprocessing.get_context("spawn")
     running: dict[Connection, SpawnProcess] = {}
@@ -79,4 +81,13 @@ def _child(sender: Connection, parent_pid: int, work: Callable[..., None], argum
         work(*arguments)
         sender.send(None)
     except Exception as error:
-        sender.send(error)
+        sender.send(_sendable(error))
+
+
+def _sendable(error: Exception) -> Exception:
+    """Return the error, or a RuntimeError with its type and text where it cannot be pickled and made again of that."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error

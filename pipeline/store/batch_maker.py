@@ -42,7 +42,8 @@ class BatchMaker:
     def __init__(self, reader: ShardReader, stream: Stream, settings: LoaderSettings) -> None:
         self._reader, self._stream, self._settings = reader, stream, settings
         shards = reader.shard_set.shards
-        excused = {reader.place.name_of(shard.file) for shard in shards if shard.file.path in reader.quarantined}
+        lost = [shard for shard in shards if shard.file.path in reader.quarantined]
+        excused = {reader.place.name_of(shard.file): len(shard.members) for shard in lost}
         self.skips = Skips(len(stream.order), settings.on_corrupt, excused)
         once = stream.num_steps <= stream.steps_per_epoch
         self.blocks = BlockCache[tuple[int, int]](self._read, settings.max_block_bytes, once)

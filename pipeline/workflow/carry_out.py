@@ -4,38 +4,27 @@ from __future__ import annotations
 
 import contextlib
 import os
-import sys
 import time
 from collections.abc import Iterator, Mapping
-from datetime import UTC, datetime
 
+from capgap.pipeline.stage.command import typed_command
 from capgap.pipeline.stage.context import Instance, StageContext, StageInput, StageResult
 from capgap.pipeline.stage.device import devices_from, resolve_device
 from capgap.pipeline.stage.events import event
-from capgap.pipeline.stage.folder import (
-    WORK_FOLDER,
-    begin,
-    clear,
-    content_files,
-    finish,
-    is_untouched,
-    locked_folder,
-    remove_halves,
-)
-from capgap.pipeline.stage.heartbeat import begin_phase, current_heartbeat, heartbeat
-from capgap.pipeline.stage.identity import content_of
+from capgap.pipeline.stage.finish import Clock, finish_with
+from capgap.pipeline.stage.folder import WORK_FOLDER, begin, clear, is_untouched, locked_folder
+from capgap.pipeline.stage.heartbeat import begin_phase, heartbeat
 from capgap.pipeline.stage.lease import cpu_group, leases
 from capgap.pipeline.stage.manifests import record_sources
 from capgap.pipeline.stage.ranks import Ranks, Rendezvous
-from capgap.pipeline.stage.seconds import add_seconds, earlier_s
-from capgap.pipeline.stage.versions import earlier_versions, note_versions, versions
+from capgap.pipeline.stage.seconds import add_seconds
+from capgap.pipeline.stage.versions import note_versions
 from capgap.pipeline.stages import stage_named
 from capgap.pipeline.workflow.sources import source_paths
 from capgap.pipeline.workflow.state import RunStates, StageState, State
 from capgap.schemas.errors import MismatchError
-from capgap.schemas.manifest import InputEntry, Manifest, SourceEntry, WorkOrder
+from capgap.schemas.manifest import InputEntry, Manifest, WorkOrder
 from capgap.schemas.run_file import RunFile
-from capgap.schemas.secrets import redacted, redacted_values
 
 
 def carry_out(
@@ -71,24 +60,8 @@ def carry_out(
         with heartbeat(state.folder / WORK_FOLDER):
             sources = record_sources(source_paths(run, instance))
             _publish_begun(rendezvous, True)
-            return finish_with(run, state, order, sources, work(run, state, inputs, wait, rendezvous), clock)
-
-
-class Clock:
-    """The time at which a stage was begun, and the seconds that this process has worked on it."""
-
-    def __init__(self) -> None:
-        self._started = time.monotonic()
-        self.begin()
-
-    def begin(self) -> None:
-        """Set the time at which the work begins, after any waiting."""
-        self.begun_at = datetime.now(UTC).isoformat(timespec="seconds")
-
-    @property
-    def wall_s(self) -> float:
-        """Seconds since this object was made, including any waiting."""
-        return round(time.monotonic() - self._started, 3)
+            result = work(run, state, inputs, wait, rendezvous)
+            return finish_with(state.folder, order, sources, result, run.model_dump(mode="json"), clock)
 
 
 def order_of(state: StageState, inputs: Mapping[str, StageInput]) -> WorkOrder:
@@ -98,40 +71,6 @@ def order_of(state: StageState, inputs: Mapping[str, StageInput]) -> WorkOrder:
         for name, i in inputs.items()
     }
     return state.order.model_copy(update={"inputs": entries})
-
-
-def finish_with(
-    run: RunFile,
-    state: StageState,
-    order: WorkOrder,
-    sources: tuple[SourceEntry, ...],
-    result: StageResult,
-    clock: Clock,
-) -> Manifest:
-    """Write the manifest of a folder with all its files, and remove half-written files of killed replicas or slices."""
-    remove_halves(state.folder)
-    files = content_files(state.folder)
-    manifest = Manifest(
-        **order.model_dump(),
-        content=content_of(files, sources),
-        sources=sources,
-        files=files,
-        shard_sets=result.shard_sets,
-        facts=result.facts,
-        totals=result.totals,
-        versions=versions(),
-        earlier_versions=earlier_versions(state.folder / WORK_FOLDER),
-        started=clock.begun_at,
-        wall_s=round(clock.wall_s + earlier_s(state.folder / WORK_FOLDER), 3),
-        command=tuple(map(redacted, sys.argv)),
-        resolved=redacted_values(run.model_dump(mode="json")),
-    )
-    if (beat := current_heartbeat()) is not None:
-        # stopped, because the folder of the heartbeat is removed
-        beat.stop()
-    finished = finish(state.folder, manifest)
-    event("stage_done", f"{order.instance}: done in {clock.wall_s:.1f} s", wall_s=clock.wall_s, totals=result.totals)
-    return finished
 
 
 def make_ready(run: RunFile, state: StageState, remake: bool) -> None:
@@ -196,7 +135,7 @@ def work(
             if rendezvous is not None:
                 device = devices[ranks.local_rank % len(devices)]
                 stack.enter_context(_on_leased_devices(rendezvous, device))
-        event("stage_started", f"{state.instance.name}: begun on {device}", device=device, command=sys.argv)
+        event("stage_started", f"{state.instance.name}: begun on {device}", device=device, command=typed_command())
         begin_phase("imports its packages and reads its inputs", device if stage.on_device else "")
         (state.folder / WORK_FOLDER).mkdir(exist_ok=True)
         return stage.run(StageContext(run, state.instance, state.folder, inputs, device, holder, wait, group, ranks))

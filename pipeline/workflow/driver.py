@@ -15,6 +15,7 @@ import sys
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
+from capgap.pipeline.stage.command import handed_on
 from capgap.pipeline.stage.context import Instance
 from capgap.pipeline.stage.folder import WORK_FOLDER, locked_folder, make_folder
 from capgap.pipeline.stage.heartbeat import is_alive, read_heartbeats
@@ -167,7 +168,7 @@ def _arguments(settings: Path, instance: Instance, remake: bool, wait: bool) -> 
 
 
 def _environment() -> dict[str, str]:
-    return {**os.environ, "PYTHONSAFEPATH": "1", "CAPGAP_DRIVER_PID": str(os.getpid())}
+    return {**os.environ, **handed_on(), "PYTHONSAFEPATH": "1", "CAPGAP_DRIVER_PID": str(os.getpid())}
 
 
 def _how_it_ended(code: int) -> str:

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from capgap.pipeline.stage.command import handed_on
 from capgap.pipeline.stage.context import Instance
 from capgap.schemas.errors import MachineError
 from capgap.schemas.run_file import RunFile
@@ -92,7 +93,7 @@ def _failed(instance: Instance, codes: dict[int, int]) -> RankFailedError:
 def _surroundings(num_ranks: int) -> Iterator[None]:
     """Set the ranks' environment and silence the supervisor's log while they run; its messages do not suit users."""
     threads = max(1, (os.cpu_count() or 1) // num_ranks)
-    given = {"CAPGAP_DRIVER_PID": str(os.getpid()), _MARK: "1"}
+    given = {**handed_on(), "CAPGAP_DRIVER_PID": str(os.getpid()), _MARK: "1"}
     given |= {} if "OMP_NUM_THREADS" in os.environ else {"OMP_NUM_THREADS": str(threads)}
     before = {name: os.environ.get(name) for name in given}
     os.environ.update(given)

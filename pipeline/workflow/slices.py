@@ -14,6 +14,7 @@ import contextlib
 from capgap.pipeline.stage.context import Instance, Slice, StageContext, StageInput
 from capgap.pipeline.stage.device import devices_from, resolve_device
 from capgap.pipeline.stage.events import event
+from capgap.pipeline.stage.finish import Clock, finish_with
 from capgap.pipeline.stage.folder import (
     LOCK_NAME,
     TURN_NAME,
@@ -29,7 +30,7 @@ from capgap.pipeline.stage.manifests import record_sources
 from capgap.pipeline.stage.seconds import add_seconds
 from capgap.pipeline.stages import stage_named
 from capgap.pipeline.store.locks import ProcessLock, held_alone
-from capgap.pipeline.workflow.carry_out import Clock, finish_with, make_ready, order_of
+from capgap.pipeline.workflow.carry_out import make_ready, order_of
 from capgap.pipeline.workflow.sources import source_paths
 from capgap.pipeline.workflow.state import RunStates, StageState, State
 from capgap.schemas.errors import MismatchError, SettingError
@@ -96,7 +97,8 @@ def carry_out_slice(run: RunFile, instance: Instance, part: Slice, *, wait: bool
                 if (found := _finished(run, instance)) is not None:
                     return found
                 result = stage.run(context)
-                return finish_with(run, state, order, record_sources(source_paths(run, instance)), result, clock)
+                sources = record_sources(source_paths(run, instance))
+                return finish_with(state.folder, order, sources, result, run.model_dump(mode="json"), clock)
 
 
 def _join(run: RunFile, instance: Instance, inputs: dict[str, StageInput], lock: ProcessLock) -> WorkOrder | Manifest:

@@ -72,7 +72,7 @@ def _as_one_voice(error: Exception, instance: Instance, rendezvous: Rendezvous) 
     lost = LostRankError(
         "another process of this training ended without reporting a cause",
         where=f"{instance.name}, rank {rendezvous.ranks.rank}",
-        found=str(error).splitlines()[0],
+        found=next(iter(str(error).splitlines()), type(error).__name__),
         fix="look for what killed it (memory?), and run the same command again",
     )
     lost.already_said = not is_first_to_fail or is_launched()

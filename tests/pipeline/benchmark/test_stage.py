@@ -12,10 +12,13 @@ import torch
 
 from capgap.pipeline.benchmark import stage
 from capgap.pipeline.benchmark.measure import measure
+from capgap.pipeline.stage.versions import versions_of
 from capgap.schemas.benchmark import BenchmarkResults
 from capgap.schemas.errors import InputError, SettingError
 
 pytest.importorskip("lm_eval", reason="lm-eval is not installed")
+
+TASKS = Path(__file__).parents[2] / "assets" / "benchmarks"
 
 # with seven examples a prompt has 36 tokens of the 64 that the model takes
 ALL = {"animals": {"num_fewshot": 7}, "animals_written": {}, "pairs": {}}
@@ -110,6 +113,27 @@ def test_a_stage_that_was_killed_goes_on_with_the_next_task(make_context, throug
     assert results(context) == through_transformers
 
 
+def test_a_task_that_a_killed_stage_measured_otherwise_says_so(make_context, monkeypatch) -> None:
+    context = make_context(tasks={"animals": {}, "pairs": {}}, limit=2)
+
+    def until_killed(lm, loaded, one, settings):
+        if one.task == "pairs":
+            raise KeyboardInterrupt
+        return measure(lm, loaded, one, settings)
+
+    with monkeypatch.context() as older:
+        older.setattr(stage, "measure", until_killed)
+        older.setattr(stage, "versions_of", lambda names: {"lm-eval": "0.4.1"})
+        with pytest.raises(KeyboardInterrupt):
+            stage.run(context)
+    stage.run(context)
+    found = results(context)
+    assert found.versions["lm-eval"] == versions_of(["lm-eval"])["lm-eval"] and found.backend == "hf"
+    assert list(found.earlier) == ["animals"]
+    assert found.earlier["animals"].versions == {"lm-eval": "0.4.1"}
+    assert found.earlier["animals"].backend == "hf" and found.earlier["animals"].context_tokens == 64
+
+
 def test_lm_eval_is_silent_off_a_terminal(make_context, capfd) -> None:
     stage.run(make_context(tasks={"pairs": {}}, limit=2))
     said = capfd.readouterr().err.splitlines()
@@ -121,6 +145,26 @@ def test_more_examples_than_there_are_is_said_in_one_line(make_context) -> None:
     context = make_context(tasks={"animals": {"num_fewshot": 40}}, limit=2)
     with pytest.raises(InputError, match=r"benchmarks\.tasks\.animals: the task animals cannot be measured; found \w+"):
         stage.run(context)
+
+
+def test_a_task_without_a_number_is_named_and_a_number_of_numpy_is_one(make_context, tmp_path: Path) -> None:
+    folder = tmp_path / "tasks"
+    shutil.copytree(TASKS, folder)
+    (folder / "mine.py").write_text(
+        "import numpy\n\ndef nothing(doc, results):\n    return {}\n\n"
+        "def half(doc, results):\n    return {'acc': 1}\n\ndef mean(values):\n    return numpy.float32(0.5)\n"
+    )
+    (folder / "silent.yaml").write_text("include: pairs.yaml\ntask: silent\nprocess_results: !function mine.nothing\n")
+    (folder / "half.yaml").write_text(
+        "include: pairs.yaml\ntask: half\nprocess_results: !function mine.half\n"
+        "metric_list: [{metric: acc, aggregation: !function mine.mean, higher_is_better: true}]\n"
+    )
+    asked = {"limit": 2, "include_path": str(folder), "trust_task_code": True}
+    with pytest.raises(InputError, match=r"^benchmarks\.tasks\.silent: the task silent reports no number; expected"):
+        stage.run(make_context("silent", tasks={"silent": {}}, **asked))
+    context = make_context("half", tasks={"half": {}}, **asked)
+    stage.run(context)
+    assert [row.value for row in results(context).rows] == [0.5]
 
 
 def test_data_that_are_not_there_name_the_task_before_the_model_is_loaded(make_context, tmp_path: Path) -> None:

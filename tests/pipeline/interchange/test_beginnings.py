@@ -58,6 +58,9 @@ def test_whether_documents_begin_with_bos_is_a_fact_and_bos_is_never_a_label(
     with caplog.at_level(logging.INFO):
         made = import_captures(settings)
     assert said in caplog.text
+    (told,) = [vars(record) for record in caplog.records if vars(record).get("event") == "import_beginnings"]
+    num_begun = {"all": 60, "some": 30, "none": 0}[begun]
+    assert told["fields"] == {"num_begun": num_begun, "num_documents": 60}
     facts = CacheFacts.model_validate(made.cache.manifest.facts)
     assert facts.bos_ids == CorpusFacts.model_validate(made.corpus.manifest.facts).bos_ids
     assert facts.bos_ids == ((bos,) if begun == "all" else ())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pyarrow.parquet
 import pytest
 import yaml
 
+from capgap.jobs.interchange import export_command
 from capgap.pipeline.interchange.export import export_cache
 from capgap.pipeline.interchange.folders import make_folder, order_for
 from capgap.pipeline.interchange.importing import import_captures
@@ -109,7 +111,13 @@ def test_what_the_small_profile_kept_of_each_target_comes_in_again_whole(
 
 
 def test_finished_files_are_kept_and_another_cache_s_are_refused(
-    cache: Any, tmp_path: Path, write: Callable[..., Path], teacher: Any, settings_for: Callable[..., Any]
+    cache: Any,
+    tmp_path: Path,
+    write: Callable[..., Path],
+    teacher: Any,
+    settings_for: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     out = tmp_path / "out"
     export_cache(str(cache.path), out)
@@ -117,7 +125,12 @@ def test_finished_files_are_kept_and_another_cache_s_are_refused(
     kept = first.stat().st_mtime_ns
     second.unlink()
     made = export_cache(str(cache.path), out)
-    assert made.top_k == made.num_files - 1 and second.is_file() and first.stat().st_mtime_ns == kept
+    assert made.num_kept_files == made.num_files - 1 and second.is_file() and first.stat().st_mtime_ns == kept
+    monkeypatch.setenv("CAPGAP_LOG_FORMAT", "json")
+    assert export_command([str(cache.path), "--to", str(out)]) == 0
+    fields = json.loads(capsys.readouterr().out)["fields"]
+    assert (fields["num_files"], fields["num_kept_files"]) == (made.num_files, made.num_files)
+    assert "top_k" not in fields
     other = settings_for(write(teacher.rows[:40], "b.parquet", MINIMAL), out=str(tmp_path / "other"))
     with pytest.raises(MismatchError, match=r"the folder holds something else.*another folder with --to"):
         export_cache(str(import_captures(other).cache.path), out)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,13 @@ MINIMAL = ("input_ids", "ids", "logprobs")
 
 
 def test_a_file_that_is_held_out_is_never_trained_on(
-    teacher: Any, write: Callable[..., Path], settings_for: Callable[..., Any], tmp_path: Path
+    teacher: Any,
+    write: Callable[..., Path],
+    settings_for: Callable[..., Any],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
+    caplog.set_level(logging.INFO)
     own = write(teacher.rows[:48], "captures/train.parquet", MINIMAL)
     heldout = write(teacher.rows[48:], "captures/heldout.parquet", MINIMAL)
     (tmp_path / "link.parquet").symlink_to(heldout)
@@ -26,6 +32,9 @@ def test_a_file_that_is_held_out_is_never_trained_on(
         assert [path.resolve() for path in planned.files["heldout"]] == [heldout]
         assert len(list(planned.rows("student", with_targets=False))) == 48
         assert len(list(planned.rows("heldout", with_targets=False))) == 12
+    told = [vars(record) for record in caplog.records if "files are held out" in record.getMessage()]
+    assert {one["event"] for one in told} == {"import_heldout"}
+    assert told[0]["fields"] == {"num_heldout": 1, "num_files": 2}
 
 
 def test_captures_that_are_all_held_out_are_refused(

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import csv
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from safetensors import safe_open
 from tiny_models import save_model, tiny_llama
 from transformers import LlamaForCausalLM
 
@@ -113,3 +116,20 @@ def test_the_commands_import_and_export(
     assert (tmp_path / "exported" / "topk" / "heldout-000000.parquet").is_file()
     assert main(["import", str(captures), *common, "--out", str(out), "--offset", "-1"]) == 2
     assert main(["import", str(captures), *common, "--out", str(out), "--format", "distillkit", "--offset", "-1"]) == 2
+
+
+def test_the_sources_of_an_imported_teacher_are_those_of_the_teacher_stage(
+    teacher: Any, write: Callable[..., Path], settings_for: Callable[..., Any], model: Path, tmp_path: Path
+) -> None:
+    given = Path(shutil.copytree(model, tmp_path / "given"))
+    (given / "train.log").write_text("no part of the model")
+    (given / "parts").mkdir()
+    (given / "model.safetensors").rename(given / "parts" / "model.safetensors")
+    with safe_open(given / "parts" / "model.safetensors", "pt") as weights:
+        weight_map = dict.fromkeys(weights.keys(), "parts/model.safetensors")
+    index = {"metadata": {}, "weight_map": weight_map}
+    (given / "model.safetensors.index.json").write_text(json.dumps(index))
+    made = import_captures(settings_for(write(teacher.rows, columns=MINIMAL), teacher=str(given)))
+    assert made.teacher is not None
+    names = {str(Path(source.path).relative_to(given)) for source in made.teacher.manifest.sources}
+    assert {"parts/model.safetensors", "config.json"} < names and "train.log" not in names

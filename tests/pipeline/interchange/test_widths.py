@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,8 @@ def test_the_number_is_told_where_it_is_not_that_of_all(caplog: pytest.LogCaptur
         assert not caplog.text
         assert choose_top_k([row_of([8, 7, 8])], False, 0, MOST_CUT) == 7
     assert "7 ids of each target are kept" in caplog.text and "row 3, target 1" in caplog.text
+    (told,) = [vars(record) for record in caplog.records]
+    assert told["event"] == "import_top_k" and (told["fields"]["top_k"], told["fields"]["widest"]) == (7, 8)
 
 
 def test_one_narrow_target_does_not_cut_all_others_unasked() -> None:
@@ -134,3 +137,39 @@ def test_a_target_without_ids_is_refused_by_its_row(
     captures = write([*teacher.rows[:20], empty, *teacher.rows[21:]], columns=MINIMAL)
     with pytest.raises(InputError, match=r"captures.parquet, row 20, target 3: a target without ids"):
         import_captures(settings_for(captures, top_k=top_k))
+
+
+def narrowed(rows: list[dict[str, Any]], width: int) -> list[dict[str, Any]]:
+    return [row | {name: [one[:width] for one in row[name]] for name in ("ids", "logprobs")} for row in rows]
+
+
+@pytest.mark.parametrize("profile", ["near-lossless", "small"])
+def test_targets_that_are_wider_than_the_first_rows_are_counted_and_the_first_is_named(
+    teacher: Any,
+    write: Callable[..., Path],
+    settings_for: Callable[..., Any],
+    caplog: pytest.LogCaptureFixture,
+    profile: str,
+) -> None:
+    captures = write([*narrowed(teacher.rows[:40], 5), *teacher.rows[40:]], columns=MINIMAL)
+    settings = settings_for(captures, profile=profile)
+    made = import_captures(settings)
+    assert made.cache.manifest.facts["recordings"]["topk"]["num_ids"] == 5
+    (said,) = [record for record in caplog.records if vars(record).get("event") == "import_cut"]
+    num_cut, num_targets = (sum(len(row["ids"]) for row in rows) for rows in (teacher.rows[40:], teacher.rows))
+    assert said.levelname == "WARNING"
+    assert f"{num_cut:,} of {num_targets:,} targets have more than 5 ids, up to 8" in said.getMessage()
+    # the first of those that are trained on
+    assert re.search(r"the first in .*captures\.parquet, row (4\d|5\d), target 0: \d\d% of all ids", said.getMessage())
+    caplog.clear()
+    import_captures(settings.model_copy(update={"top_k": 5}), force=True)
+    assert "targets have more than" not in caplog.text, "whoever names a number knows it"
+
+
+def test_a_cut_of_more_than_half_of_all_ids_is_refused_whatever_the_first_rows_have(
+    teacher: Any, write: Callable[..., Path], settings_for: Callable[..., Any]
+) -> None:
+    captures = write([*narrowed(teacher.rows[:30], 1), *teacher.rows[30:]], columns=MINIMAL)
+    said = r"row [3-5]\d, target 0: targets with far more ids .* found up to 8 in .*expected at most 1.*--top_k 8 and"
+    with pytest.raises(InputError, match=said):
+        import_captures(settings_for(captures))

@@ -70,3 +70,12 @@ def test_a_cache_of_which_nothing_is_sound_is_named(without) -> None:
     reader = without(2, 8, 0, 1)
     with pytest.raises(CorruptError, match=r"-000000.tar: no sound sequence is left; found .* all of 2 shards; run"):
         next(iter(SequenceLoader(reader, LoaderSettings(4, 0, on_corrupt="skip", threads=0))))
+
+
+def test_a_quarantined_shard_is_named_once_with_the_number_of_its_members(without, caplog) -> None:
+    reader = without(4, 8, 1, 2)
+    list(SequenceLoader(reader, LoaderSettings(8, 0, num_epochs=2, on_corrupt="skip", threads=2)))
+    names = [reader.place.name_of(reader.shard_set.shards[shard].file) for shard in (1, 2)]
+    assert sorted(record.getMessage() for record in caplog.records) == [
+        f"skipped: {name}: the shard is in quarantine, with 8 members; found a flipped bit" for name in names
+    ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -117,3 +118,13 @@ def test_a_driver_whose_stage_somebody_is_at_writes_nothing_down(make_run, make_
     with heartbeat(state.folder / WORK_FOLDER), pytest.raises(StageFailedError):
         walk(other, select(other, "cache"), log=_silent, start=lambda given: 3, command=OTHER)
     assert _names(Path(run.out)) == set()
+
+
+def test_a_stage_s_manifest_has_the_command_that_was_typed_without_its_secrets(make_corpus_run, monkeypatch) -> None:
+    run = make_corpus_run()
+    monkeypatch.delenv("CAPGAP_COMMAND", raising=False)
+    monkeypatch.setattr(sys, "argv", ["capgap", "run", "my run.yaml", "--note=https://me:abc-123-def@somewhere/x"])
+    assert walk(run, select(run, "corpus"), log=_silent) == ["corpus"]
+    manifest = states(run)["corpus"].manifest
+    assert manifest is not None
+    assert manifest.command == ("capgap", "run", "my run.yaml", "--note=https://***@somewhere/x")

@@ -9,6 +9,7 @@ import contextlib
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -19,10 +20,13 @@ import pytest
 import yaml
 from safetensors.torch import load_file
 
+from capgap.pipeline.stage.command import typed_command
 from capgap.pipeline.stage.context import Instance
 from capgap.pipeline.stage.manifests import read_manifest
-from capgap.pipeline.stage.ranks import Ranks, ranks_in_environment
+from capgap.pipeline.stage.ranks import Ranks, Rendezvous, ranks_in_environment
 from capgap.pipeline.workflow.carry_out import carry_out
+from capgap.pipeline.workflow.launch import _surroundings
+from capgap.pipeline.workflow.together import LostRankError, _as_one_voice
 from capgap.schemas.errors import MachineError
 
 BIN = Path(sys.executable).parent
@@ -207,6 +211,40 @@ def test_a_process_of_its_own_has_no_ranks_and_half_a_launcher_is_refused(monkey
         with pytest.raises(MachineError, match=rf"variables do not say which process this is; found .*{name}={value}"):
             ranks_in_environment()
         monkeypatch.setenv(name, given[name])
+    monkeypatch.delenv("WORLD_SIZE")
+    with pytest.raises(MachineError, match="RANK=5, LOCAL_RANK=1, LOCAL_WORLD_SIZE=4, expected whole numbers in RANK"):
+        ranks_in_environment()
+    # a scheduler may set the rank of the only process
+    for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("LOCAL_WORLD_SIZE", "1")):
+        monkeypatch.setenv(name, value)
+    assert ranks_in_environment() is None
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
     monkeypatch.delenv("LOCAL_RANK")
     with pytest.raises(MachineError, match="RANK=5, WORLD_SIZE=8, LOCAL_WORLD_SIZE=4, expected whole numbers in RANK"):
         ranks_in_environment()
+
+
+def test_a_later_rank_whose_error_has_no_text_is_silent_too(monkeypatch) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    # the store has one process here, and the rank that failed first is played by this one
+    given = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    rendezvous = Rendezvous(Ranks(1, 2, 1, 2), "teacher")
+    assert rendezvous.is_first_to_fail()
+    lost = _as_one_voice(AssertionError(), TEACHER, rendezvous)
+    assert isinstance(lost, LostRankError) and lost.already_said
+    assert lost.found == "AssertionError"
+
+
+def test_ranks_know_the_command_that_was_typed(monkeypatch) -> None:
+    typed = ["capgap", "train", "my run.yaml"]
+    monkeypatch.delenv("CAPGAP_COMMAND", raising=False)
+    monkeypatch.setattr(sys, "argv", typed)
+    with _surroundings(2):
+        monkeypatch.setattr(sys, "argv", ["cli.py", "train", "--config", "gone.json"])
+        assert typed_command() == typed
+    assert "CAPGAP_COMMAND" not in os.environ
