@@ -97,7 +97,7 @@ class SourceEntry(Entry):
     """Time of its last change, nanoseconds since 1970; only where it moved is the digest computed again."""
 
     sha256: str
-    """Digest of the bytes."""
+    """Digest of the bytes; empty where large sources have not been read for it yet, or changed before they were."""
 
 
 class Member(NamedTuple):
@@ -244,6 +244,9 @@ class WorkOrder(Entry):
     identity: Digest
     """Digest of stage, settings and the inputs' identities."""
 
+    sources: tuple[SourceEntry, ...] = ()
+    """Files outside the run that are read, as they were before the work; empty until they have been recorded."""
+
 
 class Manifest(WorkOrder):
     """A finished stage."""
@@ -256,9 +259,6 @@ class Manifest(WorkOrder):
 
     content: Digest
     """Digest of the digests of `files` and `sources`."""
-
-    sources: tuple[SourceEntry, ...] = ()
-    """Files outside the run that were read."""
 
     files: tuple[FileEntry, ...]
     """Everything in the folder that belongs to the result."""

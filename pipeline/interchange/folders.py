@@ -67,6 +67,7 @@ def make_folder(
             _require_ours(folder, manifest, order)
             if manifest is not None:
                 clear(folder)
+        order = order.model_copy(update={"sources": sources})
         begin(folder, order)
         (folder / WORK_FOLDER).mkdir(exist_ok=True)
         result = work(folder)
@@ -77,7 +78,6 @@ def make_folder(
             Manifest(
                 **order.model_dump(),
                 content=content_of(files, sources),
-                sources=sources,
                 files=files,
                 shard_sets=result.shard_sets,
                 facts=result.facts,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import sys
 import time
@@ -21,6 +22,7 @@ from capgap.pipeline.stage.folder import (
     is_untouched,
     locked_folder,
     remove_halves,
+    write_order,
 )
 from capgap.pipeline.stage.heartbeat import begin_phase, current_heartbeat, heartbeat
 from capgap.pipeline.stage.identity import content_of
@@ -33,7 +35,7 @@ from capgap.pipeline.stages import stage_named
 from capgap.pipeline.workflow.sources import source_paths
 from capgap.pipeline.workflow.state import RunStates, StageState, State
 from capgap.schemas.errors import MismatchError
-from capgap.schemas.manifest import InputEntry, Manifest, SourceEntry, WorkOrder
+from capgap.schemas.manifest import InputEntry, Manifest, WorkOrder
 from capgap.schemas.run_file import RunFile
 from capgap.schemas.secrets import redacted, redacted_values
 
@@ -49,7 +51,8 @@ def carry_out(
 
     Raises:
         InputError: An input is not current.
-        MismatchError: The folder was begun under other settings and is not finished, or is finished and costly.
+        MismatchError: The folder was begun under other settings or from other sources and is not finished, or is
+            finished and costly.
         CapgapError: Whatever the stage raises.
     """
     clock = Clock()
@@ -69,9 +72,9 @@ def carry_out(
         begin(state.folder, order)
         clock.begin()
         with heartbeat(state.folder / WORK_FOLDER):
-            sources = record_sources(source_paths(run, instance))
+            order = with_sources(run, state, order)
             _publish_begun(rendezvous, True)
-            return finish_with(run, state, order, sources, work(run, state, inputs, wait, rendezvous), clock)
+            return finish_with(run, state, order, work(run, state, inputs, wait, rendezvous), clock)
 
 
 class Clock:
@@ -100,21 +103,27 @@ def order_of(state: StageState, inputs: Mapping[str, StageInput]) -> WorkOrder:
     return state.order.model_copy(update={"inputs": entries})
 
 
-def finish_with(
-    run: RunFile,
-    state: StageState,
-    order: WorkOrder,
-    sources: tuple[SourceEntry, ...],
-    result: StageResult,
-    clock: Clock,
-) -> Manifest:
+def with_sources(run: RunFile, state: StageState, order: WorkOrder, most_bytes: float = math.inf) -> WorkOrder:
+    """Record the sources in the work order of a folder that was begun, before any work, and return the order.
+
+    The digests of a folder that is continued are kept, so that a large source is not read again. Of sources of more
+    than `most_bytes` in all, no digest is computed.
+    """
+    paths = source_paths(run, state.instance)
+    digests = sum(path.stat().st_size for path in paths) <= most_bytes
+    sources = record_sources(paths, order.sources, digests)
+    order = order.model_copy(update={"sources": sources})
+    write_order(state.folder, order)
+    return order
+
+
+def finish_with(run: RunFile, state: StageState, order: WorkOrder, result: StageResult, clock: Clock) -> Manifest:
     """Write the manifest of a folder with all its files, and remove half-written files of killed replicas or slices."""
     remove_halves(state.folder)
     files = content_files(state.folder)
     manifest = Manifest(
         **order.model_dump(),
-        content=content_of(files, sources),
-        sources=sources,
+        content=content_of(files, order.sources),
         files=files,
         shard_sets=result.shard_sets,
         facts=result.facts,
@@ -137,11 +146,12 @@ def finish_with(
 def make_ready(run: RunFile, state: StageState, remake: bool) -> None:
     """Empty a folder that holds another result, or open it again where it only lost files.
 
-    The caller holds the folder's lock. A folder begun under other settings that has no finished unit is emptied.
+    The caller holds the folder's lock. A folder begun under other settings or from other sources that has no finished
+    unit is emptied.
 
     Raises:
-        MismatchError: The folder is unfinished, has finished units, and was begun under other settings; or it is
-            finished, cost device time, and would be replaced without `remake`.
+        MismatchError: The folder is unfinished, has finished units, and was begun under other settings or from other
+            sources; or it is finished, cost device time, and would be replaced without `remake`.
     """
     stage = stage_named(state.instance.stage)
     if not remake and state.lost and state.manifest is not None and stage.reopen(state.folder, state.manifest):
@@ -155,19 +165,19 @@ def make_ready(run: RunFile, state: StageState, remake: bool) -> None:
             "this stage is finished and would be replaced",
             where=state.folder,
             found=state.replaced,
-            fix=f"restore the setting, or replace it with --remake {state.instance.name}",
+            fix=f"restore the setting or source, or replace it with --remake {state.instance.name}",
         )
     if remake or state.state is State.STALE:
         clear(state.folder)
     elif state.begun_otherwise and is_untouched(state.folder):
-        # a first attempt may have failed over a setting that has been corrected since
+        # a first attempt may have failed over a setting or a source that has been corrected since
         clear(state.folder)
     elif state.begun_otherwise:
         raise MismatchError(
-            "this stage is unfinished and was begun under other settings",
+            "this stage is unfinished and was begun under other settings or from other sources",
             where=state.folder,
             found=state.begun_otherwise,
-            fix=f"restore the setting to continue, or start over with --remake {state.instance.name}",
+            fix=f"restore what changed to continue, or start over with --remake {state.instance.name}",
         )
 
 
