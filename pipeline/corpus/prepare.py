@@ -104,7 +104,7 @@ def _make_tokenizer(settings: CorpusSettings, job: CorpusJob) -> PreTrainedToken
     texts = _sampled_texts(job)
     if settings.tokenizer is not None and extend is not None:
         if extend.sources is not None:
-            texts = (document.text for document in read_documents(extend.sources, settings.text_field))
+            texts = _texts_of(extend.sources, settings)
         tokenizer = load_tokenizer(settings.tokenizer)
         return extend_tokenizer(tokenizer, _at_most(texts, SAMPLE_BYTES), extend.num_pieces, extend.min_frequency)
     first = next(texts, None)
@@ -121,6 +121,14 @@ def empty_corpus(settings: CorpusSettings) -> InputError:
         found="no document with text in it",
         expected="some text",
     )
+
+
+def _texts_of(sources: tuple[str, ...], settings: CorpusSettings) -> Iterator[str]:
+    """Yield the text of `corpus.extend_vocabulary.sources`, which is read like that of `corpus.sources`."""
+    section = "corpus.extend_vocabulary"
+    bad = BadRecords(section, settings.on_bad_record, settings.max_bad_fraction)
+    yield from map(_words, read_documents(sources, settings.text_field, settings.messages_field, bad, section))
+    bad.finish()
 
 
 def _sampled_texts(job: CorpusJob) -> Iterator[str]:

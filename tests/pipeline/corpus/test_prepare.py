@@ -11,6 +11,7 @@ from capgap.pipeline.corpus.tokenizer import train_tokenizer
 from capgap.pipeline.models.tokenizers import load_tokenizer
 from capgap.pipeline.stage.context import Instance, StageContext
 from capgap.pipeline.workflow.carry_out import carry_out
+from capgap.schemas.errors import BadRecordError
 from capgap.schemas.run_file import RunFile
 
 CORPUS = Instance("corpus")
@@ -47,6 +48,18 @@ def test_new_pieces_of_conversations_are_of_what_is_said_and_not_of_the_json_aro
     assert {"zebra", "quokka"} <= set(pieces)
     said = " ".join(message["content"] for talk in talks for message in talk)
     assert all(piece.strip() in said for piece in pieces)
+
+
+def test_text_for_new_pieces_is_read_like_the_corpus_and_its_errors_name_its_setting(folder: Path) -> None:
+    talks = [{"messages": [{"role": "user", "content": f"zebra {i}?"}, {"role": "assistant", "content": "quokka!"}]}
+             for i in range(150)]  # fmt: skip
+    (folder / "chat.jsonl").write_text("".join(json.dumps(talk) + "\n" for talk in talks) + '{"text": "a"}\n')
+    settings = {"sources": [str(folder / "chat.jsonl")], "messages_field": "auto"}
+    settings["extend_vocabulary"] = {"num_pieces": 12, "sources": [str(folder / "chat.jsonl")]}
+    place = r"corpus.extend_vocabulary.sources: .*chat.jsonl:151"
+    with pytest.raises(BadRecordError, match=place + r".*set corpus.messages_field"):
+        _new_pieces(folder, **settings)
+    assert {"zebra", "quokka"} <= set(_new_pieces(folder, **settings, on_bad_record="skip"))
 
 
 def test_nothing_that_is_held_out_is_learnt_from_where_the_text_is_sampled(
