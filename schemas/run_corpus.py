@@ -25,8 +25,8 @@ class ExtendVocabularySettings(Record):
     """New pieces at most."""
 
     sources: tuple[str, ...] | None = Field(None, min_length=1)
-    """Text that they are learnt from, as `corpus.sources`; the corpus's own, without what is held out, where it is left
-    out."""
+    """Text that they are learnt from, as `corpus.sources`, with the same `text_field`, `messages_field` and
+    `on_bad_record`; the corpus's own, without what is held out, where it is left out."""
 
     min_frequency: int = Field(2, ge=1)
     """A piece is made only where its two halves stand side by side at least that often."""
@@ -87,7 +87,8 @@ class CorpusSettings(Record):
 
     on_damaged_file: Literal["stop", "skip"] = Field("stop", json_schema_extra=OPERATIONAL)
     """What happens where a file of records cannot be read to its end, or is gone or changed since the sources were
-    listed. `skip` leaves out what comes after the damage in that unit, counts it, and names the file."""
+    listed. `skip` leaves out what comes after the damage in that unit, and all that the unit has of a file that is gone
+    or changed; it counts it, and names the file."""
 
     whole_conversations: bool = False
     """With `messages_field` and context `document`: a sequence holds whole conversations, and padding that does not
@@ -138,8 +139,9 @@ class CorpusSettings(Record):
 
     dedup: Literal["unit", "all"] = "unit"
     """How far a text is looked for that was there before, letter for letter: in its unit, or in all of the sources,
-    which are read once more for that. A repeated text never reaches two splits in either case. Conversations are the
-    same where the same is said in them, whatever ids, times and weights stand beside it."""
+    which are read once more for that. A repeated text never reaches two splits in either case. With `all`, a text past
+    `max_tokens` counts as a first copy too. Conversations are the same where the same is said in them, whatever ids,
+    times and weights stand beside it."""
 
     unit_bytes: int = Field(64 << 20, ge=1)
     """Bytes of the sources that are read, packed and written by themselves: the unit of work in which the stage goes on

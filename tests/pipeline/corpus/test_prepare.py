@@ -62,6 +62,26 @@ def test_text_for_new_pieces_is_read_like_the_corpus_and_its_errors_name_its_set
     assert {"zebra", "quokka"} <= set(_new_pieces(folder, **settings, on_bad_record="skip"))
 
 
+def test_a_tokenizer_of_a_mixture_is_learnt_from_by_the_weights_of_its_sources(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, number in (("rare", 1900), ("often", 100)):
+        lines = (json.dumps({"text": f"{name} {i} " + "of the same length " * 2}) + "\n" for i in range(number))
+        (folder / f"{name}.jsonl").write_text("".join(lines))
+    mixture = {name: {"paths": [str(folder / f"{name}.jsonl")], "weight": 1} for name in ("rare", "often")}
+    settings = {"tokenizer": str(folder / "tokenizer"), "mixture": mixture, "unit_bytes": 2000}
+    run = RunFile.model_validate({"name": "weighed", "out": str(folder), "corpus": settings})
+    (folder / "corpus").mkdir()
+    job = prepare.prepare(StageContext(run, CORPUS, folder / "corpus", {}, "cpu"))
+    # all of the text, and beginnings of its units
+    for most in (1 << 20, 20000):
+        monkeypatch.setattr(prepare, "SAMPLE_BYTES", most)
+        found = list(prepare._sampled_texts(job))
+        num_bytes = {name: sum(len(text) for text in found if text.startswith(name)) for name in mixture}
+        # about 100 of 1900 texts are drawn, give or take ten, and of a beginning the last text is cut
+        assert num_bytes["rare"] == pytest.approx(num_bytes["often"], rel=0.4)
+
+
 def test_nothing_that_is_held_out_is_learnt_from_where_the_text_is_sampled(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -28,8 +28,8 @@ from capgap.pipeline.stage.context import Instance, Slice, StageContext
 from capgap.pipeline.stage.folder import LOCK_NAME
 from capgap.pipeline.stage.manifests import read_manifest, read_work_order
 from capgap.pipeline.store import ShardReader
-from capgap.pipeline.store.ranking import count_ids, read_counts
 from capgap.pipeline.store.locks import ProcessLock
+from capgap.pipeline.store.ranking import count_ids, read_counts
 from capgap.pipeline.workflow import slices
 from capgap.pipeline.workflow.carry_out import carry_out
 from capgap.pipeline.workflow.slices import carry_out_slice
