@@ -25,12 +25,9 @@ from capgap.pipeline.corpus.tokenizer import train_tokenizer
 from capgap.pipeline.corpus.unit import UnitMaker
 from capgap.pipeline.corpus.unit_record import UnitRecord
 from capgap.pipeline.stage.context import Instance, Slice, StageContext
-from capgap.pipeline.stage.folder import LOCK_NAME
-from capgap.pipeline.stage.manifests import read_manifest, read_work_order
+from capgap.pipeline.stage.manifests import read_manifest
 from capgap.pipeline.store import ShardReader
-from capgap.pipeline.store.locks import ProcessLock
 from capgap.pipeline.store.ranking import count_ids, read_counts
-from capgap.pipeline.workflow import slices
 from capgap.pipeline.workflow.carry_out import carry_out
 from capgap.pipeline.workflow.slices import carry_out_slice
 from capgap.pipeline.workflow.state import State, states
@@ -264,53 +261,6 @@ def test_a_source_that_changed_since_it_was_listed_is_named_and_a_begun_corpus_d
     with pytest.raises(MismatchError, match=r"begun .* from other sources; found source .*b.jsonl is gone since"):
         carry_out(run, CORPUS)
     assert carry_out(run, CORPUS, remake=True).totals["num_damaged_files"] == 0
-
-
-def _with_own_tokenizer(make, lines: Path, folder: Path) -> RunFile:
-    shutil.copytree(lines / "tokenizer", folder / "tokenizer")
-    return make(tokenizer=str(folder / "tokenizer"))
-
-
-def _write_other_tokenizer(folder: Path) -> None:
-    train_tokenizer(["quite other words " * 40], 350).save_pretrained(folder / "tokenizer")
-
-
-def test_a_begun_corpus_does_not_go_on_with_another_tokenizer(make, lines: Path, tmp_path: Path) -> None:
-    run = _with_own_tokenizer(make, lines, tmp_path)
-    assert carry_out_slice(run, CORPUS, Slice(0, NUM_UNITS)) is None
-    _write_other_tokenizer(tmp_path)
-    state = states(run)["corpus"]
-    changed = f"source {tmp_path / 'tokenizer' / 'tokenizer.json'} changed since this stage was begun"
-    assert (state.state, state.why) == (State.PARTIAL, f"1 of {NUM_UNITS} units, {changed}")
-    for go_on in (carry_out, lambda run, corpus: carry_out_slice(run, corpus, Slice(1, NUM_UNITS))):
-        with pytest.raises(MismatchError, match=f"begun under other settings or from other sources; found {changed}"):
-            go_on(run, CORPUS)
-    # restored, though at another time, it is the same file
-    shutil.copy(lines / "tokenizer" / "tokenizer.json", tmp_path / "tokenizer")
-    assert carry_out(run, CORPUS).content == carry_out(run, CORPUS, remake=True).content
-
-
-def test_slices_are_not_joined_with_another_tokenizer(make, lines: Path, tmp_path: Path) -> None:
-    run = _with_own_tokenizer(make, lines, tmp_path)
-    assert carry_out_slice(run, CORPUS, Slice(0, NUM_UNITS)) is None
-    with ProcessLock(_folder(run) / LOCK_NAME) as at_work:
-        assert at_work.shared()
-        assert carry_out_slice(run, CORPUS, Slice(1, NUM_UNITS)) is None
-        _write_other_tokenizer(tmp_path)
-        with pytest.raises(MismatchError, match=r"on other sources; found source .*tokenizer.json changed since"):
-            carry_out_slice(run, CORPUS, Slice(2, NUM_UNITS))
-
-
-def test_slices_leave_the_digests_of_large_sources_to_the_last_one(
-    make, lines: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    whole = carry_out(make("whole"), CORPUS)
-    monkeypatch.setattr(slices, "_MOST_BYTES", 1000)
-    run = make()
-    assert carry_out_slice(run, CORPUS, Slice(0, 2)) is None
-    assert {entry.sha256 for entry in read_work_order(_folder(run)).sources} == {""}
-    assert carry_out_slice(run, CORPUS, Slice(1, 2)).sources == whole.sources == read_work_order(_folder(run)).sources
-    assert states(run)["corpus"].state is State.CURRENT
 
 
 def test_a_damaged_file_is_named_and_may_be_left_out(make, lines: Path, tmp_path: Path, caplog) -> None:
