@@ -97,7 +97,7 @@ class SourceEntry(Entry):
     """Time of the file's last change, in nanoseconds since 1970. The digest is computed again only if it changes."""
 
     sha256: str
-    """SHA-256 digest of the bytes."""
+    """SHA-256 digest of the bytes. Empty if a large source has not been read for it yet, or changed before it was."""
 
 
 class Member(NamedTuple):
@@ -244,6 +244,9 @@ class WorkOrder(Entry):
     identity: Digest
     """Digest of stage, settings and the inputs' identities."""
 
+    sources: tuple[SourceEntry, ...] = ()
+    """Files outside the run that are read, as they were before the work; empty until they have been recorded."""
+
 
 class Manifest(WorkOrder):
     """The manifest of a finished stage."""
@@ -256,9 +259,6 @@ class Manifest(WorkOrder):
 
     content: Digest
     """Digest of the digests of `files` and `sources`."""
-
-    sources: tuple[SourceEntry, ...] = ()
-    """Files outside the run that were read."""
 
     files: tuple[FileEntry, ...]
     """All files of the folder that belong to the result."""

@@ -26,8 +26,8 @@ class ExtendVocabularySettings(Record):
     """Largest number of tokens to add."""
 
     sources: Annotated[tuple[str, ...] | None, PATH] = Field(None, min_length=1)
-    """Text from which the new tokens are learnt, given like `corpus.sources`. Left out, the corpus's own text without
-    its held-out part."""
+    """Text from which the new tokens are learnt, given like `corpus.sources` and read with the same `text_field`,
+    `messages_field` and `on_bad_record`. Left out, the corpus's own text without its held-out part."""
 
     min_frequency: int = Field(2, ge=1)
     """Smallest number of times that two tokens must stand side by side in the text before they are merged into one."""
@@ -90,8 +90,8 @@ class CorpusSettings(Record):
 
     on_damaged_file: Literal["stop", "skip"] = Field("stop", json_schema_extra=OPERATIONAL)
     """What to do with a file of records that cannot be read to its end, or that was removed or changed after the
-    sources were listed. `stop` ends the stage. `skip` leaves out the rest of the unit after the damage, counts it and
-    logs the file."""
+    sources were listed. `stop` ends the stage. `skip` leaves out the rest of the unit after the damage, and all that
+    the unit has of a file that was removed or changed; it counts the loss and logs the file."""
 
     whole_conversations: bool = False
     """Fill each sequence with whole conversations, and with padding that does not count, as `tune` needs them. Needs
@@ -145,8 +145,9 @@ class CorpusSettings(Record):
 
     dedup: Literal["unit", "all"] = "unit"
     """Where to look for exact repetitions of a text, of which the first is kept: within its `unit`, or in `all`
-    sources, which are then read twice. With both, a repeated text never reaches two splits. Two conversations are equal
-    if the same is said in them; ids, times and weights of the messages do not count."""
+    sources, which are then read twice. With both, a repeated text never reaches two splits. With `all`, a text past
+    `max_tokens` counts as a first copy too. Two conversations are equal if the same is said in them; ids, times and
+    weights of the messages do not count."""
 
     unit_bytes: int = Field(64 << 20, ge=1)
     """Bytes of the sources in one unit of work. Each unit is read, packed and written by itself; a killed stage resumes

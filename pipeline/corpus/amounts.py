@@ -16,7 +16,7 @@ from capgap.pipeline.corpus.kinds import TABLE_SUFFIXES, TEXT_SUFFIXES, Place, i
 from capgap.pipeline.corpus.places import state_of
 from capgap.pipeline.corpus.records import Conversation, fields_read, read_record
 from capgap.pipeline.corpus.sources import read_documents
-from capgap.pipeline.corpus.tables import num_rows
+from capgap.pipeline.corpus.tables import num_rows, table_rows
 from capgap.schemas.errors import BadRecordError
 from capgap.schemas.plan import Figure
 from capgap.schemas.run_corpus import CorpusSettings
@@ -154,12 +154,12 @@ def _text_of_stream(path: Place, text_field: str, messages_field: str | None, sk
                 if isinstance(record, BadRecordError):
                     raise record
                 is_text = isinstance(record, str) and kind in TEXT_SUFFIXES
-                found = record if is_text else read_record(where, record, text_field, messages_field)
+                found = str(record) if is_text else read_record(where, record, text_field, messages_field)
             except BadRecordError:
                 if not skips:
                     raise
                 continue
-            num_text_bytes += len((found.said if isinstance(found, Conversation) else str(found)).encode())
+            num_text_bytes += _num_bytes(found)
             if counted.num_read >= _SAMPLED_FILE_BYTES:
                 break
         num_inflated = counted.num_read + len(stream.read(_SAMPLED_FILE_BYTES))
@@ -169,11 +169,21 @@ def _text_of_stream(path: Place, text_field: str, messages_field: str | None, sk
 
 def _text_of_rows(path: Place, text_field: str, messages_field: str | None, skips: bool) -> tuple[float, float]:
     """Estimate the bytes of text of a table from its first rows, and return them with the size of the file in bytes."""
-    total = num_rows(path)
-    part = min(_SAMPLED_RECORDS, total)
-    documents = islice(read_documents((str(path),), text_field, messages_field, _bad(skips)), _SAMPLED_RECORDS)
-    sampled = sum(len(document.text.encode()) for document in documents)
+    total, part = num_rows(path), 0
+    bad, sampled = _bad(skips), 0
+    # rows without text, which are no documents, count as rows
+    for where, row in islice(table_rows(path, fields_read(text_field, messages_field)), _SAMPLED_RECORDS):
+        part += 1
+        try:
+            sampled += _num_bytes(read_record(where, row, text_field, messages_field))
+        except BadRecordError as error:
+            bad.refuse(error)
     return sampled * total / max(part, 1), state_of(path)[0]
+
+
+def _num_bytes(found: str | Conversation) -> int:
+    text = found.said if isinstance(found, Conversation) else found
+    return len(text.encode()) if text.strip() else 0
 
 
 class _Counted(io.RawIOBase):

@@ -90,12 +90,13 @@ class BadRecords:
             return
         counted = f"{self.num_bad:,} of {self.num_records:,} records"
         if self.num_bad > self._max_fraction * self.num_records:
+            top = self._section.partition(".")[0]
             raise InputError(
                 "too many records cannot be used",
                 where=f"{self._section}.sources",
                 found=f"{counted}, first {self._named[0]}",
-                expected=f"at most a share of {self._max_fraction:g}, {self._section}.max_bad_fraction",
-                fix=f"mend the records, or raise {self._section}.max_bad_fraction",
+                expected=f"at most a share of {self._max_fraction:g}, {top}.max_bad_fraction",
+                fix=f"mend the records, or raise {top}.max_bad_fraction",
             )
         more = f", of which the first {self._num_named} are named above" if self.num_bad > self._num_named else ""
         if self._num_named:
@@ -107,7 +108,9 @@ def in_section(error: _Error, section: str) -> _Error:
     before = f"{section}.sources: "
     if str(error.where).startswith(before):
         return error
-    fix = None if error.fix is None else error.fix.replace("corpus.", f"{section}.")
-    if fix is not None and section != "corpus":
+    # a part of a section has the settings of the whole
+    top = section.partition(".")[0]
+    fix = None if error.fix is None else error.fix.replace("corpus.", f"{top}.")
+    if fix is not None and top != "corpus":
         fix = fix.partition(", or leave it out")[0]
     return type(error)(error.what, where=f"{before}{error.where}", found=error.found, expected=error.expected, fix=fix)

@@ -12,7 +12,7 @@ import re
 from collections import Counter
 from pathlib import Path, PurePath
 
-from capgap.pipeline.corpus.kinds import TEXT_SUFFIXES, Place, kind_of, known_suffixes
+from capgap.pipeline.corpus.kinds import TEXT_SUFFIXES, Place, is_packed, kind_of, known_suffixes
 from capgap.pipeline.corpus.places import places_of_url
 from capgap.pipeline.store import is_url
 from capgap.pipeline.store.files import files_below
@@ -206,9 +206,5 @@ def _is_beside(path: Path) -> bool:
 
 def _counts(paths: list[Path]) -> str:
     """Return the number of files of each suffix, for example `3 .jsonl, 1 .parquet`."""
-    counts = Counter("".join(path.suffixes[-2:]) if _is_packed(path) else path.suffix or path.name for path in paths)
+    counts = Counter("".join(path.suffixes[-2 if is_packed(path) else -1 :]) or path.name for path in paths)
     return ", ".join(f"{count:,} {suffix}" for suffix, count in sorted(counts.items(), key=lambda c: (-c[1], c[0])))
-
-
-def _is_packed(path: Path) -> bool:
-    return path.suffix.lower() in (".gz", ".bz2", ".xz", ".zst") and len(path.suffixes) > 1

@@ -10,10 +10,11 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 
 from capgap.pipeline.corpus.bad_records import BadRecords
-from capgap.pipeline.corpus.repeated import DIGESTS_FOLDER, find_repeated, is_found, write_digests
-from capgap.pipeline.corpus.unit import CorpusJob, UnitMaker, digest_of, documents_of
+from capgap.pipeline.corpus.repeated import DIGESTED_FOLDER, DIGESTS_FOLDER, find_repeated, is_found, write_digests
+from capgap.pipeline.corpus.unit import Changed, CorpusJob, UnitMaker, taken_documents, without_changed
 from capgap.pipeline.corpus.unit_record import UnitRecord
 from capgap.pipeline.stage.claims import Claims
 from capgap.pipeline.stage.context import Slice
@@ -103,15 +104,14 @@ def _amounts(record: UnitRecord) -> tuple[int, int]:
 
 def find_all_repeated(job: CorpusJob) -> None:
     """Compute the digests of every unit, together with the other processes, and find the repeated documents once."""
-    notes = UnitNotes(job.folder, job.work, "digested", job.units.total)
+    notes = UnitNotes(job.folder, job.work, DIGESTED_FOLDER, job.units.total)
     for name in (DIGESTS_FOLDER, notes.name):
         (job.work / name).mkdir(exist_ok=True)
     claims = Claims(notes, ANY)
     try:
         while not is_found(job.work) and not notes.is_over():
             for unit in claims.take_each():
-                bad = BadRecords("corpus", job.settings.on_bad_record, job.settings.max_bad_fraction, num_named=0)
-                write_digests(notes, unit, [digest_of(one.text) for one, _ in documents_of(job, unit, bad, [])])
+                write_digests(notes, unit, without_changed(partial(_digests_of, job, unit)))
                 claims.release(unit)
             if not notes.all_made():
                 # other processes hold the rest; the claim of a process that is killed becomes free again
@@ -122,3 +122,8 @@ def find_all_repeated(job: CorpusJob) -> None:
                     find_repeated(job.work, notes.total)
     finally:
         claims.close()
+
+
+def _digests_of(job: CorpusJob, unit: int, changed: Changed) -> list[bytes]:
+    bad = BadRecords("corpus", job.settings.on_bad_record, job.settings.max_bad_fraction, num_named=0)
+    return [digest for _, _, digest in taken_documents(job, unit, bad, [], changed)]

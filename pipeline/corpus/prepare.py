@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Iterator
 from typing import cast
@@ -16,10 +17,11 @@ from capgap.pipeline.corpus.extend import extend_tokenizer
 from capgap.pipeline.corpus.files import folders_in_words
 from capgap.pipeline.corpus.listing import Listing, list_units
 from capgap.pipeline.corpus.records import Conversation
+from capgap.pipeline.corpus.repeated import forget_repeated
 from capgap.pipeline.corpus.sources import Document, read_documents
 from capgap.pipeline.corpus.split import split_of
 from capgap.pipeline.corpus.tokenizer import train_tokenizer
-from capgap.pipeline.corpus.unit import UNITS_FOLDER, CorpusJob, digest_of, documents_of
+from capgap.pipeline.corpus.unit import UNITS_FOLDER, ChangedFileError, CorpusJob, taken_documents
 from capgap.pipeline.models.bos import document_bos
 from capgap.pipeline.models.text import TOKENIZER_FOLDER
 from capgap.pipeline.models.tokenizers import load_tokenizer, tokenizer_facts
@@ -88,9 +90,10 @@ def _listing(context: StageContext, settings: CorpusSettings) -> Listing:
             fix="restore them to go on, or begin anew with --remake corpus",
         )
     if path.parent.is_dir():
-        # the tokenizer in the folder was trained on other text
+        # the tokenizer in the folder was trained on other text, and the digests are of other text
         (path.parent / _TOKENIZER_NAME).unlink(missing_ok=True)
         (path.parent / _TEXTS_NAME).unlink(missing_ok=True)
+        forget_repeated(path.parent)
     for line in folders_in_words(settings.paths):
         _LOG.info("corpus: %s", line)
     write_sidecar(path, listing)
@@ -104,7 +107,7 @@ def _make_tokenizer(settings: CorpusSettings, job: CorpusJob) -> PreTrainedToken
     texts = _sampled_texts(job)
     if settings.tokenizer is not None and extend is not None:
         if extend.sources is not None:
-            texts = (document.text for document in read_documents(extend.sources, settings.text_field))
+            texts = _texts_of(extend.sources, settings)
         tokenizer = load_tokenizer(settings.tokenizer)
         return extend_tokenizer(tokenizer, _at_most(texts, SAMPLE_BYTES), extend.num_pieces, extend.min_frequency)
     first = next(texts, None)
@@ -123,23 +126,37 @@ def empty_corpus(settings: CorpusSettings) -> InputError:
     )
 
 
-def _sampled_texts(job: CorpusJob) -> Iterator[str]:
-    """Yield text that is not held out: all of it, or, of a large corpus, the beginnings of evenly spaced units."""
-    settings, num_units = job.settings, len(job.listing.units)
-    is_small = sum(job.listing.unit_bytes) <= SAMPLE_BYTES
-    num_sampled = num_units if is_small else min(num_units, _SAMPLE_UNITS)
-    bad = BadRecords("corpus", settings.on_bad_record, settings.max_bad_fraction, num_named=0)
-    seen: set[bytes] = set()
-    for number in range(num_sampled):
-        documents = documents_of(job, number * num_units // num_sampled, bad, [])
-        texts = (_words(document) for document, _ in documents if _is_learnt(document, settings, seen))
-        yield from texts if is_small else _at_most(texts, SAMPLE_BYTES // num_sampled)
+def _texts_of(sources: tuple[str, ...], settings: CorpusSettings) -> Iterator[str]:
+    """Yield the text of `corpus.extend_vocabulary.sources`, which is read like that of `corpus.sources`."""
+    section = "corpus.extend_vocabulary"
+    bad = BadRecords(section, settings.on_bad_record, settings.max_bad_fraction)
+    yield from map(_words, read_documents(sources, settings.text_field, settings.messages_field, bad, section))
     bad.finish()
 
 
-def _is_learnt(document: Document, settings: CorpusSettings, seen: set[bytes]) -> bool:
+def _sampled_texts(job: CorpusJob) -> Iterator[str]:
+    """Yield text that is taken and not held out: all of it, or of evenly spaced units of a large corpus the beginnings.
+
+    A beginning is as long as the share that is taken of its source, so that a mixture is learnt from by its weights.
+    """
+    settings, num_units = job.settings, len(job.listing.units)
+    is_small = sum(job.listing.unit_bytes) <= SAMPLE_BYTES
+    num_sampled = num_units if is_small else min(num_units, _SAMPLE_UNITS)
+    sampled = [number * num_units // num_sampled for number in range(num_sampled)]
+    shares = [job.listing.shares[job.listing.source_of(unit)] for unit in sampled]
+    bad = BadRecords("corpus", settings.on_bad_record, settings.max_bad_fraction, num_named=0)
+    seen: set[bytes] = set()
+    for unit, share in zip(sampled, shares, strict=True):
+        documents = taken_documents(job, unit, bad, [], {})
+        texts = (_words(document) for document, _, digest in documents if _is_learnt(document, digest, settings, seen))
+        # what was read of a file that changes meanwhile may be learnt from, and is left out of the corpus later
+        with contextlib.suppress(ChangedFileError):
+            yield from texts if is_small else _at_most(texts, int(SAMPLE_BYTES * share / sum(shares)))
+    bad.finish()
+
+
+def _is_learnt(document: Document, digest: bytes, settings: CorpusSettings, seen: set[bytes]) -> bool:
     """Return whether a tokenizer may be trained on a document: it is not held out, and its text is new."""
-    digest = digest_of(document.text)
     if digest in seen or split_of(document.text, settings.teacher_fraction, settings.heldout_fraction) == "heldout":
         return False
     seen.add(digest)

@@ -1,16 +1,18 @@
 """Finds repeated texts across all units, by digests on disk and in bounded memory (`corpus.dedup: all`).
 
-    each unit: the digest of each document --> work/digests/000000.npy           by the process that claims the unit
-    all units, one bucket of digests at a time --> work/repeated/000000.u32      by one process, once
-    each unit again: its repeated documents, which the second file numbers, are left out
+    each unit: the digest of each document --> work/digests/000000.npy              by the process that claims the unit
+    all units, one bucket of digests at a time --> work/repeated/000000.digests     by one process, once
+    each unit again: documents whose digest the second file holds, and repeated ones within the unit, are left out
 
-Of equal texts the first one stays, in the order of the units and of the documents within each.
+Of equal texts the first one stays, in the order of the units and of the documents within each. Documents that the
+weight of their source leaves out have no digest, because a text that is not taken repeats nothing.
 """
 
 from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -18,24 +20,28 @@ import numpy.typing as npt
 from capgap.pipeline.stage.unit_notes import UnitNotes
 from capgap.pipeline.store.files import atomic_file, write_atomically
 
-DIGESTS_FOLDER, _REPEATED_FOLDER = "digests", "repeated"
+DIGESTED_FOLDER, DIGESTS_FOLDER, _REPEATED_FOLDER = "digested", "digests", "repeated"
 _DONE_NAME = "repeated.done"
-# A bucket is sorted in memory. A document takes 16 bytes of digest, 8 bytes of place, and as much again for the order.
+_DIGEST_BYTES = 16
+# A bucket is sorted in memory. A document takes 16 bytes of digest, 8 bytes of unit, and as much again for the order.
 _BUCKET_DOCUMENTS = 1 << 21
 
 Digests = npt.NDArray[np.uint64]
 
 
-class Repeated:
-    """The repeated documents of one unit, which are left out."""
+def earlier_digests(work: Path, unit: int) -> set[bytes]:
+    """Return the digests of those texts of one unit that occur in a unit before it, 16 bytes each."""
+    path = work / _REPEATED_FOLDER / f"{unit:06d}.digests"
+    data = path.read_bytes() if path.is_file() else b""
+    return {data[start : start + _DIGEST_BYTES] for start in range(0, len(data), _DIGEST_BYTES)}
 
-    def __init__(self, work: Path, unit: int) -> None:
-        path = work / _REPEATED_FOLDER / f"{unit:06d}.u32"
-        self._numbers = set(np.fromfile(path, "<u4").tolist()) if path.is_file() else set()
 
-    def has(self, number: int) -> bool:
-        """Return whether the text of the document with this number in the unit occurs before it in the corpus."""
-        return number in self._numbers
+def forget_repeated(work: Path) -> None:
+    """Remove all digests, because the sources hold other text now."""
+    # first the mark that they are complete, in case a kill comes in between
+    (work / _DONE_NAME).unlink(missing_ok=True)
+    for name in (DIGESTED_FOLDER, DIGESTS_FOLDER, _REPEATED_FOLDER):
+        shutil.rmtree(work / name, ignore_errors=True)
 
 
 def write_digests(notes: UnitNotes, unit: int, digests: list[bytes]) -> None:
@@ -51,7 +57,7 @@ def is_found(work: Path) -> bool:
 
 
 def find_repeated(work: Path, num_units: int, bucket_documents: int = _BUCKET_DOCUMENTS) -> None:
-    """Find the repeated documents of all units, and write their numbers, unit by unit, into the work folder.
+    """Find the texts that occur in several units, and write the digests of the repeated ones, unit by unit.
 
     Args:
         work: the work folder of the corpus, which must hold the digests of every unit.
@@ -64,29 +70,30 @@ def find_repeated(work: Path, num_units: int, bucket_documents: int = _BUCKET_DO
     num_documents = sum(len(_digests(work, unit)) for unit in range(num_units))
     num_buckets = max(1, -(-num_documents // bucket_documents))
     for bucket in range(num_buckets):
-        found = _repeated_in(work, num_units, bucket, num_buckets)
-        units = found >> np.uint64(32)
+        digests_D2, units = _repeated_in(work, num_units, bucket, num_buckets)
         for unit in np.unique(units):
-            numbers = np.sort(found[units == unit] & np.uint64(0xFFFFFFFF))
-            with (folder / f"{int(unit):06d}.u32").open("ab") as file:
-                file.write(numbers.astype("<u4").tobytes())
+            with (folder / f"{int(unit):06d}.digests").open("ab") as file:
+                file.write(digests_D2[units == unit].astype(">u8").tobytes())
     write_atomically(work / _DONE_NAME, "")
 
 
-def _repeated_in(work: Path, num_units: int, bucket: int, num_buckets: int) -> npt.NDArray[np.uint64]:
-    """Return the repeated documents of one bucket [D], uint64: the unit in the upper 32 bits, the number below."""
-    parts, places = [], []
+def _repeated_in(
+    work: Path, num_units: int, bucket: int, num_buckets: int
+) -> tuple[Digests, npt.NDArray[np.integer[Any]]]:
+    """Return the digests of one bucket [D, 2] that occur in a unit before theirs, and the numbers of the units [D]."""
+    parts, units = [], []
     for unit in range(num_units):
         digests_D2 = _digests(work, unit)
-        numbers = np.flatnonzero(digests_D2[:, 0] % np.uint64(num_buckets) == bucket)
-        parts.append(np.asarray(digests_D2[numbers]))
-        places.append(numbers.astype(np.uint64) | np.uint64(unit << 32))
-    digests_D2, place_D = np.concatenate(parts), np.concatenate(places)
-    order = np.lexsort((place_D, digests_D2[:, 1], digests_D2[:, 0]))
-    sorted_D2 = digests_D2[order]
-    is_again = np.zeros(len(order), np.bool_)
-    is_again[1:] = (sorted_D2[1:] == sorted_D2[:-1]).all(axis=1)
-    return place_D[order[is_again]]
+        parts.append(np.asarray(digests_D2[digests_D2[:, 0] % np.uint64(num_buckets) == bucket]))
+        units.append(np.full(len(parts[-1]), unit, np.int64))
+    digests_D2, unit_D = np.concatenate(parts), np.concatenate(units)
+    order = np.lexsort((unit_D, digests_D2[:, 1], digests_D2[:, 0]))
+    digests_D2, unit_D = digests_D2[order], unit_D[order]
+    is_first = np.ones(len(order), np.bool_)
+    is_first[1:] = (digests_D2[1:] != digests_D2[:-1]).any(axis=1)
+    first_unit_D = unit_D[is_first][np.cumsum(is_first) - 1]
+    is_again = unit_D > first_unit_D
+    return digests_D2[is_again], unit_D[is_again]
 
 
 def _digests(work: Path, unit: int) -> Digests:

@@ -14,6 +14,7 @@ from capgap.pipeline.corpus.prepare import empty_corpus, prepare
 from capgap.pipeline.corpus.split import SPLITS, Split, kept_for_nobody
 from capgap.pipeline.corpus.totals import Totals
 from capgap.pipeline.corpus.unit import CorpusJob, UnitMaker
+from capgap.pipeline.corpus.whole import say_left_out
 from capgap.pipeline.models.tokenizers import load_tokenizer
 from capgap.pipeline.stage.context import StageContext, StageResult
 from capgap.pipeline.stage.workers import run_in_processes
@@ -152,11 +153,7 @@ def _say_what_is_left_out(job: CorpusJob, totals: Totals) -> None:
         _LOG.warning("corpus: left out the rest of a file: %s", said)
     for split in SPLITS if job.settings.whole_conversations else ():
         counts = totals.counts[split]
-        if counts.num_dropped_answers:
-            text = "corpus: tokenize %s: left out %d answers that do not end within a row of %d, among them all of %d "
-            _LOG.warning(
-                text + "conversations", split, counts.num_dropped_answers, job.settings.seq_len, counts.num_dropped
-            )
+        say_left_out(f"corpus: {split}", counts.num_dropped_answers, counts.num_dropped, job.settings.seq_len)
 
 
 def _turn_end_ids(settings: CorpusSettings, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:

@@ -147,12 +147,12 @@ def require_columns(path: Place, names: list[str], fields: tuple[str, ...]) -> l
     return found
 
 
-def _without_filling(value: Any, within: bool = False) -> Any:
+def _without_filling(value: Any) -> Any:
     """Return the value without null fields in its objects, because a column gives each row the fields of all rows."""
     if isinstance(value, dict):
-        return {name: _without_filling(part, True) for name, part in value.items() if part is not None}
+        return {name: _without_filling(part) for name, part in value.items() if part is not None}
     if isinstance(value, list):
-        return [_without_filling(part, True) for part in value]
+        return [_without_filling(part) for part in value]
     return value
 
 

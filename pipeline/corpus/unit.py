@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -22,8 +23,8 @@ import numpy.typing as npt
 from capgap.pipeline.corpus.bad_records import BadRecords
 from capgap.pipeline.corpus.encode import Encoder
 from capgap.pipeline.corpus.limits import Limits
-from capgap.pipeline.corpus.listing import Listing
-from capgap.pipeline.corpus.repeated import Repeated
+from capgap.pipeline.corpus.listing import ListedFile, Listing
+from capgap.pipeline.corpus.repeated import earlier_digests
 from capgap.pipeline.corpus.sources import Document, read_documents_of
 from capgap.pipeline.corpus.split import SPLITS, Split, split_of
 from capgap.pipeline.corpus.split_out import SplitOut
@@ -43,6 +44,18 @@ _BATCH_DOCUMENTS, _BATCH_BYTES = 64, 1 << 20
 
 Advance = Callable[[int, int, int], None]
 """Called with the numbers of bytes of text, documents and tokens that were made since its last call."""
+
+Changed = dict[int, str]
+"""The files of a unit that are gone or changed: the error's message by the number of the file."""
+
+_T = TypeVar("_T")
+
+
+class ChangedFileError(InputError):
+    """A file is gone or changed, so that what was read of it may be of another version, or of two."""
+
+    file = -1
+    """Number of the file in the listing."""
 
 
 @dataclass(frozen=True)
@@ -132,12 +145,18 @@ class UnitMaker:
         """
         job = self.job
         job.units.path(unit).unlink(missing_ok=True)
-        making = _Making(job, unit, self._limits.full(job.record, unit), self._encoder, advance)
-        record = making.make()
+        full = self._limits.full(job.record, unit)
+        record, counts_SV = without_changed(lambda changed: self._made(unit, full, advance, changed))
         with atomic_file(job.work / COUNTS_FOLDER / f"{unit:06d}.npz") as file:
-            np.savez_compressed(file, counts=making.counts_SV)
+            np.savez_compressed(file, counts=counts_SV)
         write_sidecar(job.units.path(unit), record)
         return record
+
+    def _made(
+        self, unit: int, full: frozenset[Split], advance: Advance, changed: Changed
+    ) -> tuple[UnitRecord, npt.NDArray[np.int64]]:
+        making = _Making(self.job, unit, full, self._encoder, advance, changed)
+        return making.make(), making.counts_SV
 
     @cached_property
     def _encoder(self) -> Encoder:
@@ -158,8 +177,17 @@ class _Read:
 class _Making:
     """The state of a unit while it is made."""
 
-    def __init__(self, job: CorpusJob, unit: int, full: frozenset[Split], encoder: Encoder, advance: Advance) -> None:
+    def __init__(
+        self,
+        job: CorpusJob,
+        unit: int,
+        full: frozenset[Split],
+        encoder: Encoder,
+        advance: Advance,
+        changed: Changed,
+    ) -> None:
         self._job, self._unit, self._encoder, self._advance = job, unit, encoder, advance
+        self._changed = changed
         settings = job.settings
         self._bad = BadRecords("corpus", settings.on_bad_record, settings.max_bad_fraction, num_named=0)
         self._outs = {
@@ -196,25 +224,20 @@ class _Making:
             counts={split: out.counts for split, out in self._outs.items()},
             num_repeated=self._num_repeated,
             bad=self._bad.tally,
-            damaged=tuple(self._damaged),
+            damaged=(*self._changed.values(), *self._damaged),
         )
 
     def _each_document(self) -> Iterator[_Read]:
         settings = self._job.settings
-        repeated = Repeated(self._job.work, self._unit) if settings.dedup == "all" else None
-        seen: set[bytes] = set()
-        shares = self._job.listing.shares
         if len(self._full) == len(SPLITS):
             return
-        for number, (document, source) in enumerate(documents_of(self._job, self._unit, self._bad, self._damaged)):
-            digest = digest_of(document.text)
-            if repeated.has(number) if repeated is not None else digest in seen:
+        seen = earlier_digests(self._job.work, self._unit) if settings.dedup == "all" else set()
+        documents = taken_documents(self._job, self._unit, self._bad, self._damaged, self._changed)
+        for document, source, digest in documents:
+            if digest in seen:
                 self._num_repeated += 1
                 continue
-            if repeated is None:
-                seen.add(digest)
-            if int.from_bytes(digest[8:], "big") >= shares[source] * 2**64:
-                continue
+            seen.add(digest)
             split = split_of(document.text, settings.teacher_fraction, settings.heldout_fraction)
             if split not in self._full:
                 yield _Read(document, split, source, len(document.text.encode()))
@@ -231,7 +254,37 @@ class _Making:
         self._advance(num_bytes, len(batch), num_tokens)
 
 
-def documents_of(job: CorpusJob, unit: int, bad: BadRecords, damaged: list[str]) -> Iterator[tuple[Document, int]]:
+def without_changed(make: Callable[[Changed], _T]) -> _T:
+    """Return what `make` makes of a unit's documents; where a file changes meanwhile, it is made without that file.
+
+    Args:
+        make: called with the files that are left out, until none of the others changes.
+    """
+    changed: Changed = {}
+    while True:
+        try:
+            return make(changed)
+        except ChangedFileError as error:
+            changed[error.file] = str(error)
+
+
+def taken_documents(
+    job: CorpusJob, unit: int, bad: BadRecords, damaged: list[str], changed: Changed
+) -> Iterator[tuple[Document, int, bytes]]:
+    """Yield those documents of a unit that the weight of their source takes, each with its source and its digest.
+
+    Arguments and errors are those of `documents_of`.
+    """
+    shares = job.listing.shares
+    for document, source in documents_of(job, unit, bad, damaged, changed):
+        digest = digest_of(document.text)
+        if int.from_bytes(digest[8:], "big") < shares[source] * 2**64:
+            yield document, source, digest
+
+
+def documents_of(
+    job: CorpusJob, unit: int, bad: BadRecords, damaged: list[str], changed: Changed
+) -> Iterator[tuple[Document, int]]:
     """Yield the documents of a unit, each with the number of its source.
 
     Args:
@@ -239,14 +292,18 @@ def documents_of(job: CorpusJob, unit: int, bad: BadRecords, damaged: list[str])
         unit: number of the unit.
         bad: what becomes of records that cannot be used.
         damaged: list to which the error of each damaged file is added, if `corpus.on_damaged_file` is `skip`.
+        changed: the files that are left out.
 
     Raises:
         InputError: a file is gone, changed or damaged, and `corpus.on_damaged_file` is `stop`.
+        ChangedFileError: a file is gone or changed, and `corpus.on_damaged_file` is `skip`.
         BadRecordError: a record cannot be used, and `bad` stops at such a record.
     """
     settings, listing = job.settings, job.listing
     sources = settings.named_sources
     for part in listing.units[unit]:
+        if part.file in changed:
+            continue
         file = listing.files[part.file]
         text_field = sources[file.source][1].text_field or settings.text_field
         try:
@@ -260,7 +317,19 @@ def documents_of(job: CorpusJob, unit: int, bad: BadRecords, damaged: list[str])
         except InputError as error:
             if settings.on_damaged_file == "stop":
                 raise
+            _require_unchanged(part.file, file)
             damaged.append(str(error))
+
+
+def _require_unchanged(number: int, file: ListedFile) -> None:
+    try:
+        file.require_same()
+    except InputError as error:
+        changed = ChangedFileError(
+            error.what, where=error.where, found=error.found, expected=error.expected, fix=error.fix
+        )
+        changed.file = number
+        raise changed from None
 
 
 def digest_of(text: str) -> bytes:

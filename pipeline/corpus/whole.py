@@ -76,13 +76,18 @@ def encode_whole(
             meter.advance(tokens=sum(len(row.ids) for row in made[-1].rows))
     num_empty = sum(not turns.rows for turns in made)
     num_dropped = sum(turns.num_dropped for turns in made)
-    if num_dropped:
-        text = "%s: left out %d answers that do not end within a row of %d, among them all of %d conversations"
-        _LOG.warning(text, title, num_dropped, seq_len, num_empty)
+    say_left_out(title, num_dropped, num_empty, seq_len)
     rows = [row for turns in made for row in turns.rows]
     return WholeConversations(
         rows, len(made) - num_empty, sum(turns.num_answers for turns in made), num_empty, num_dropped
     )
+
+
+def say_left_out(title: str, num_answers: int, num_conversations: int, seq_len: int) -> None:
+    """Log how many answers were left out because they do not end within a row of `seq_len + 1` tokens, if any were."""
+    if num_answers:
+        text = "%s: left out %d answers that do not end within a row of %d tokens, among them all of %d conversations"
+        _LOG.warning(text, title, num_answers, seq_len + 1, num_conversations)
 
 
 class WholePacker:

@@ -43,7 +43,7 @@ def check(run: RunFile, instance: Instance, inputs: Mapping[str, StageInput]) ->
 
     Raises:
         InputError: prompts cannot be read; or the writer has no chat template, one that cannot be used, or one that
-            refuses the first conversation.
+            refuses a conversation.
         MismatchError: the writer's tokenizer is not the corpus's, or its chat template writes special tokens that the
             corpus's tokenizer does not have; or a student ends an answer with other tokens than the teacher.
         CorruptError: a file of the writer is missing or changed.
@@ -60,20 +60,20 @@ def check(run: RunFile, instance: Instance, inputs: Mapping[str, StageInput]) ->
             fix="make both from one tokenizer",
         )
     prompts = read_prompts(rounds.prompts)
-    chat = next((prompt for prompt in prompts if prompt.messages), None)
+    chats = [prompt for prompt in prompts if prompt.messages]
     tokenizer = load_tokenizer(path, _trusts(run, instance))
-    asking = Asking(tokenizer, path, rounds, text.facts.bos_ids, chat is not None)
-    if chat is not None:
-        _require_known(asking.ids(chat), tokenizer, text, made)
+    asking = Asking(tokenizer, path, rounds, text.facts.bos_ids, bool(chats))
+    if chats:
+        _require_known({one for chat in chats for one in asking.ids(chat)}, tokenizer, text, made)
         if writer_of(instance) == "student" and run.has_teacher_model:
             teacher = model_path(inputs["teacher"])
             own = load_tokenizer(teacher, run.teacher.trust_remote_code)
             require_same_ends(turn_ends(tokenizer, path), turn_ends(own, teacher), f"{made.location}, rounds.prompts")
 
 
-def _require_known(ids: list[int], tokenizer: PreTrainedTokenizerBase, text: RunText, made: StageInput) -> None:
-    """Raise MismatchError if a prompt holds ids that the corpus's tokenizer does not have: no shard can hold them."""
-    unknown = sorted({one for one in ids if one >= text.facts.tokenizer.vocab_size})
+def _require_known(ids: set[int], tokenizer: PreTrainedTokenizerBase, text: RunText, made: StageInput) -> None:
+    """Raise MismatchError if the prompts hold ids that the corpus's tokenizer does not have: no shard can hold them."""
+    unknown = sorted(one for one in ids if one >= text.facts.tokenizer.vocab_size)
     if unknown:
         raise MismatchError(
             "the writer's chat template writes special tokens that the corpus's tokenizer does not have",

@@ -64,10 +64,11 @@ def make_folder(
             _require_ours(folder, manifest, order)
             if manifest is not None:
                 clear(folder)
+        order = order.model_copy(update={"sources": sources})
         begin(folder, order)
         clock.begin()
         with heartbeat(folder / WORK_FOLDER):
-            return StageInput(folder, finish_with(folder, order, sources, work(folder), resolved, clock))
+            return StageInput(folder, finish_with(folder, order, work(folder), resolved, clock))
 
 
 def _holds(folder: Path, manifest: Manifest, order: WorkOrder) -> bool:

@@ -21,7 +21,7 @@ from capgap.schemas.law_grid import LawGrid
 from capgap.schemas.manifest import MANIFEST_NAME
 from capgap.schemas.run_file import RunFile
 
-_RESTORE, _PERMISSION = "restore the settings", "--replace"
+_RESTORE, _PERMISSION = "restore what changed", "--replace"
 
 
 def require_corpus_kept(grid: LawGrid) -> None:

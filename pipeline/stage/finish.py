@@ -16,7 +16,7 @@ from capgap.pipeline.stage.heartbeat import current_heartbeat
 from capgap.pipeline.stage.identity import content_of
 from capgap.pipeline.stage.seconds import earlier_s
 from capgap.pipeline.stage.versions import earlier_versions, versions
-from capgap.schemas.manifest import Manifest, SourceEntry, WorkOrder
+from capgap.schemas.manifest import Manifest, WorkOrder
 from capgap.schemas.secrets import redacted, redacted_values
 
 
@@ -40,7 +40,6 @@ class Clock:
 def finish_with(
     folder: Path,
     order: WorkOrder,
-    sources: tuple[SourceEntry, ...],
     result: StageResult,
     resolved: Mapping[str, Any],
     clock: Clock,
@@ -49,8 +48,7 @@ def finish_with(
 
     Args:
         folder: Folder of the stage, which the caller has locked.
-        order: Work order of the folder.
-        sources: Files outside the folder that were read.
+        order: Work order of the folder, with the files outside the folder that were read.
         result: What the stage adds to its manifest.
         resolved: Settings with their defaults.
         clock: Clock of this process.
@@ -59,8 +57,7 @@ def finish_with(
     files = content_files(folder)
     manifest = Manifest(
         **order.model_dump(),
-        content=content_of(files, sources),
-        sources=sources,
+        content=content_of(files, order.sources),
         files=files,
         shard_sets=result.shard_sets,
         facts=result.facts,

@@ -111,8 +111,13 @@ def begin(folder: Path, order: WorkOrder) -> None:
     (folder / WORK_FOLDER).mkdir(exist_ok=True)
     note_versions(folder / WORK_FOLDER, order.instance)
     take_over(folder / WORK_FOLDER)
-    write_atomically(folder / WORK_NAME, order.model_dump_json(indent=1))
+    write_order(folder, order)
     remove_halves(folder)
+
+
+def write_order(folder: Path, order: WorkOrder) -> None:
+    """Write down what the folder is for, in place of what was written before."""
+    write_atomically(folder / WORK_NAME, order.model_dump_json(indent=1))
 
 
 def remove_halves(folder: Path) -> None:

@@ -146,17 +146,42 @@ def require_of_tokens(facts: CacheFacts, location: Path | str, what: str) -> Non
         )
 
 
-def record_sources(paths: Iterable[Path]) -> tuple[SourceEntry, ...]:
-    """Return path, size, time of change and sha256 of each file, as they are now."""
+def record_sources(
+    paths: Iterable[Path], known: Iterable[SourceEntry] = (), digests: bool = True
+) -> tuple[SourceEntry, ...]:
+    """Return path, size, time of change and sha256 of each file, as they are now.
+
+    Args:
+        paths: The files.
+        known: Earlier entries; the digest of a file whose size and time are still those of its entry is taken from it.
+        digests: Whether to compute the other digests; without, they are empty.
+    """
+    earlier = {entry.path: entry for entry in known}
     entries = []
     for path in paths:
-        before = path.stat()
-        entries.append(
-            SourceEntry(
-                path=str(path), num_bytes=before.st_size, modified_ns=before.st_mtime_ns, sha256=sha256_of(path)
-            )
-        )
+        before, entry = path.stat(), earlier.get(str(path))
+        if entry is None or (entry.num_bytes, entry.modified_ns) != (before.st_size, before.st_mtime_ns):
+            entry = SourceEntry(path=str(path), num_bytes=before.st_size, modified_ns=before.st_mtime_ns, sha256="")
+        if digests and not entry.sha256:
+            entry = entry.model_copy(update={"sha256": sha256_of(path)})
+        entries.append(entry)
     return tuple(entries)
+
+
+def with_digests(sources: Iterable[SourceEntry]) -> tuple[SourceEntry, ...]:
+    """Return the entries with the digests that they lack; that of a file which changed meanwhile stays empty."""
+    sources = tuple(sources)
+    same = [Path(entry.path) for entry in sources if not entry.sha256 and _is_same(entry)]
+    found = {entry.path: entry for entry in record_sources(same, sources)}
+    return tuple(found.get(entry.path, entry) for entry in sources)
+
+
+def _is_same(entry: SourceEntry) -> bool:
+    try:
+        now = Path(entry.path).stat()
+    except OSError:
+        return False
+    return (now.st_size, now.st_mtime_ns) == (entry.num_bytes, entry.modified_ns)
 
 
 def _read_manifest(folder: Path | str) -> Manifest | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import time
 from collections.abc import Iterator, Mapping
@@ -12,7 +13,7 @@ from capgap.pipeline.stage.context import Instance, StageContext, StageInput, St
 from capgap.pipeline.stage.device import devices_from, resolve_device
 from capgap.pipeline.stage.events import event
 from capgap.pipeline.stage.finish import Clock, finish_with
-from capgap.pipeline.stage.folder import WORK_FOLDER, begin, clear, is_untouched, locked_folder
+from capgap.pipeline.stage.folder import WORK_FOLDER, begin, clear, is_untouched, locked_folder, write_order
 from capgap.pipeline.stage.heartbeat import begin_phase, heartbeat
 from capgap.pipeline.stage.lease import cpu_group, leases
 from capgap.pipeline.stage.manifests import record_sources
@@ -38,7 +39,8 @@ def carry_out(
 
     Raises:
         InputError: An input is not current.
-        MismatchError: The folder was begun under other settings and is not finished, or is finished and costly.
+        MismatchError: The folder was begun under other settings or from other sources and is not finished, or is
+            finished and costly.
         CapgapError: Whatever the stage raises.
     """
     clock = Clock()
@@ -58,10 +60,10 @@ def carry_out(
         begin(state.folder, order)
         clock.begin()
         with heartbeat(state.folder / WORK_FOLDER):
-            sources = record_sources(source_paths(run, instance))
+            order = with_sources(run, state, order)
             _publish_begun(rendezvous, True)
             result = work(run, state, inputs, wait, rendezvous)
-            return finish_with(state.folder, order, sources, result, run.model_dump(mode="json"), clock)
+            return finish_with(state.folder, order, result, run.model_dump(mode="json"), clock)
 
 
 def order_of(state: StageState, inputs: Mapping[str, StageInput]) -> WorkOrder:
@@ -73,14 +75,29 @@ def order_of(state: StageState, inputs: Mapping[str, StageInput]) -> WorkOrder:
     return state.order.model_copy(update={"inputs": entries})
 
 
+def with_sources(run: RunFile, state: StageState, order: WorkOrder, most_bytes: float = math.inf) -> WorkOrder:
+    """Record the sources in the work order of a folder that was begun, before any work, and return the order.
+
+    The digests of a folder that is continued are kept, so that a large source is not read again. Of sources of more
+    than `most_bytes` in all, no digest is computed.
+    """
+    paths = source_paths(run, state.instance)
+    digests = sum(path.stat().st_size for path in paths) <= most_bytes
+    sources = record_sources(paths, order.sources, digests)
+    order = order.model_copy(update={"sources": sources})
+    write_order(state.folder, order)
+    return order
+
+
 def make_ready(run: RunFile, state: StageState, remake: bool) -> None:
     """Empty a folder that holds another result, or open it again where it only lost files.
 
-    The caller holds the folder's lock. A folder begun under other settings that has no finished unit is emptied.
+    The caller holds the folder's lock. A folder begun under other settings or from other sources that has no finished
+    unit is emptied.
 
     Raises:
-        MismatchError: The folder is unfinished, has finished units, and was begun under other settings; or it is
-            finished, cost device time, and would be replaced without `remake`.
+        MismatchError: The folder is unfinished, has finished units, and was begun under other settings or from other
+            sources; or it is finished, cost device time, and would be replaced without `remake`.
     """
     stage = stage_named(state.instance.stage)
     if not remake and state.lost and state.manifest is not None and stage.reopen(state.folder, state.manifest):
@@ -94,19 +111,19 @@ def make_ready(run: RunFile, state: StageState, remake: bool) -> None:
             "this stage is finished and would be replaced",
             where=state.folder,
             found=state.replaced,
-            fix=f"restore the setting, or replace it with --remake {state.instance.name}",
+            fix=f"restore the setting or source, or replace it with --remake {state.instance.name}",
         )
     if remake or state.state is State.STALE:
         clear(state.folder)
     elif state.begun_otherwise and is_untouched(state.folder):
-        # a first attempt may have failed over a setting that has been corrected since
+        # a first attempt may have failed over a setting or a source that has been corrected since
         clear(state.folder)
     elif state.begun_otherwise:
         raise MismatchError(
-            "this stage is unfinished and was begun under other settings",
+            "this stage is unfinished and was begun under other settings or from other sources",
             where=state.folder,
             found=state.begun_otherwise,
-            fix=f"restore the setting to continue, or start over with --remake {state.instance.name}",
+            fix=f"restore what changed to continue, or start over with --remake {state.instance.name}",
         )
 
 

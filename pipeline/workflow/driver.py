@@ -88,7 +88,7 @@ def walk(
             time is replaced.
         force: Whether to make all chosen instances again.
         replace: Whether to replace what has cost device time where its settings have changed, even if `remake` does not
-            name it, and to begin anew what was begun under other settings.
+            name it, and to begin anew what was begun under other settings or from other sources.
         wait: Whether to wait for a device that another stage holds.
         start: Starts the process of a stage.
         command: Command that started the run. It is written beside the run once something is made or all is current.
@@ -96,8 +96,8 @@ def walk(
 
     Raises:
         SettingError: A name in `remake` matches none of the chosen instances.
-        MismatchError: A stage that cost device time would be replaced, or was begun under other settings, and `remake`
-            does not name it.
+        MismatchError: A stage that cost device time would be replaced, or was begun under other settings or from other
+            sources, and `remake` does not name it.
         StageFailedError: A stage's process failed; later stages were not started.
         InputError: A folder under `reuse` or `train.caches` holds no manifest of that stage.
         CorruptError: A manifest cannot be read.

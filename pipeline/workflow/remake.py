@@ -1,8 +1,8 @@
 """Protection of what has cost device time: it is never replaced because a flag was forgotten.
 
 A finished teacher, cache, training or tuning whose settings or inputs have changed is kept until somebody names its
-stage. So is an unfinished stage that was begun under other settings and has finished units. The refusal comes before
-anything is made, and says which settings differ and how the run was started before.
+stage. So is an unfinished stage that was begun under other settings or from other sources and has finished units. The
+refusal comes before anything is made, and says what differs and how the run was started before.
 """
 
 from __future__ import annotations
@@ -108,7 +108,8 @@ def require_nothing_lost(
         coming: The chosen instances that are about to be made; by default all.
 
     Raises:
-        MismatchError: A finished stage would be replaced, or an unfinished one was begun under other settings.
+        MismatchError: A finished stage would be replaced, or an unfinished one was begun under other settings or from
+            other sources.
     """
     unnamed = [one for one in chosen if not is_named(one, named)]
     if lost_stages(known, unnamed if coming is None else [one for one in coming if one in unnamed]):
@@ -123,7 +124,7 @@ def lost_stages(known: RunStates, chosen: Sequence[Instance]) -> list[tuple[Inst
     """Return the chosen instances whose work would be thrown away, each with the reason.
 
     They are finished, have cost device time and would be replaced; or they are unfinished, have finished units, and
-    were begun under other settings.
+    were begun under other settings or from other sources.
     """
     lost = []
     for one in chosen:
@@ -158,14 +159,14 @@ def would_be_replaced(out: str, lost: Sequence[tuple[str, str]], restore: str, p
     what = "finished stages would be replaced, and have cost device time"
     if all(why.startswith(_UNFINISHED) for _, why in lost):
         begun = "this stage is unfinished and was" if len(lost) == 1 else "these stages are unfinished and were"
-        what = f"{begun} begun under other settings"
+        what = f"{begun} begun under other settings or from other sources"
     told = [f"{name} ({why})" for name, why in lost[:_MOST_NAMED]]
     told += [f"{len(lost) - _MOST_NAMED} more"] if len(lost) > _MOST_NAMED else []
     return MismatchError(
         what,
         where=out,
         found=", ".join(told),
-        expected="the settings that they were made with",
+        expected="the settings and sources that they were made with",
         fix=f"{restore}, choose another `out`, or replace them with {permission}",
     )
 
@@ -184,5 +185,5 @@ def _why(known: RunStates, state: StageState) -> str:
 def _as_before(out: Path) -> str:
     before = last_command(out)
     if before is None or not before.flags:
-        return "restore the settings"
+        return "restore what changed"
     return f"give the flags of the run before ({shlex.join(before.flags)})"

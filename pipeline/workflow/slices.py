@@ -1,6 +1,6 @@
 """Several separate processes that work on one folder: each makes some of its units, and one writes the manifest.
 
-    begin, in turn:   the first clears the folder, if it must, and writes work.json; the others find that file
+    begin, in turn:   the first clears the folder, if it must, and writes work.json with the sources; the others find it
     work, at once:    each unit is made by one process at a time; all share `.lock`, which shuts out ordinary runs
     finish, in turn:  the first that finds every unit finished writes the manifest; the others find that file
 
@@ -23,19 +23,22 @@ from capgap.pipeline.stage.folder import (
     finished_units,
     in_use,
     make_folder,
+    write_order,
 )
 from capgap.pipeline.stage.heartbeat import heartbeat, require_nobody_elsewhere
 from capgap.pipeline.stage.lease import leases
-from capgap.pipeline.stage.manifests import record_sources
+from capgap.pipeline.stage.manifests import with_digests
 from capgap.pipeline.stage.seconds import add_seconds
 from capgap.pipeline.stages import stage_named
 from capgap.pipeline.store.locks import ProcessLock, held_alone
-from capgap.pipeline.workflow.carry_out import make_ready, order_of
-from capgap.pipeline.workflow.sources import source_paths
+from capgap.pipeline.workflow.carry_out import make_ready, order_of, with_sources
 from capgap.pipeline.workflow.state import RunStates, StageState, State
 from capgap.schemas.errors import MismatchError, SettingError
 from capgap.schemas.manifest import Manifest, WorkOrder
 from capgap.schemas.run_file import RunFile
+
+# All slices wait while the first one computes the digests of the sources, so those of larger ones are left for the end.
+_MOST_BYTES = 1 << 30
 
 
 def carry_out_slice(run: RunFile, instance: Instance, part: Slice, *, wait: bool = True) -> Manifest | None:
@@ -44,7 +47,7 @@ def carry_out_slice(run: RunFile, instance: Instance, part: Slice, *, wait: bool
     Raises:
         SettingError: The settings ask for replicas too.
         MachineError: An ordinary run holds the folder, or other slices must end before it can be begun anew.
-        MismatchError: The folder was begun under other settings and is not finished.
+        MismatchError: The folder was begun under other settings or from other sources and is not finished.
         CapgapError: Whatever the stage raises.
     """
     stage = stage_named(instance.stage)
@@ -97,8 +100,9 @@ def carry_out_slice(run: RunFile, instance: Instance, part: Slice, *, wait: bool
                 if (found := _finished(run, instance)) is not None:
                     return found
                 result = stage.run(context)
-                sources = record_sources(source_paths(run, instance))
-                return finish_with(state.folder, order, sources, result, run.model_dump(mode="json"), clock)
+                order = order.model_copy(update={"sources": with_digests(order.sources)})
+                write_order(state.folder, order)
+                return finish_with(state.folder, order, result, run.model_dump(mode="json"), clock)
 
 
 def _join(run: RunFile, instance: Instance, inputs: dict[str, StageInput], lock: ProcessLock) -> WorkOrder | Manifest:
@@ -112,6 +116,8 @@ def _join(run: RunFile, instance: Instance, inputs: dict[str, StageInput], lock:
         require_nobody_elsewhere(state.folder / WORK_FOLDER)
         make_ready(run, state, remake=False)
         begin(state.folder, order)
+        with heartbeat(state.folder / WORK_FOLDER, shared=True):
+            order = with_sources(run, state, order, _MOST_BYTES)
     if not lock.shared():
         raise in_use(state.folder)
     if not alone:
@@ -132,8 +138,8 @@ def _require_joinable(state: StageState) -> None:
         raise in_use(state.folder)
     if state.begun_otherwise:
         raise MismatchError(
-            "other slices are at work under other settings",
+            "other slices are at work under other settings or on other sources",
             where=state.folder,
             found=state.begun_otherwise,
-            fix="give every slice the same settings",
+            fix="give every slice the same settings and sources",
         )

@@ -39,6 +39,6 @@ def changed_source(run: RunFile, instance: Instance, recorded: tuple[SourceEntry
         found = now[path].stat()
         if found.st_size == entry.num_bytes and found.st_mtime_ns == entry.modified_ns:
             continue
-        if found.st_size != entry.num_bytes or sha256_of(now[path]) != entry.sha256:
+        if found.st_size != entry.num_bytes or not entry.sha256 or sha256_of(now[path]) != entry.sha256:
             return f"source {path} changed"
     return ""

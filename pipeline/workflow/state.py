@@ -47,15 +47,16 @@ class StageState:
         folder: Its folder, also where it does not exist yet.
         state: Its state.
         why: The reason, in words: the setting or input that changed, or how far the stage got; empty when current.
-        order: The work order that `work.json` will hold; inputs that are not made yet have no content in it.
+        order: The work order that `work.json` will hold; inputs that are not made yet have no content in it. Its
+            sources are those of an unfinished folder that can be continued, else they are not recorded yet.
         manifest: The manifest of the folder, where there is one.
         replaced: Why a finished folder would be replaced by another result, in words: a changed setting, input or
             source; empty where it only lost files, or waits for an input that will come out the same.
         lost: Files of a finished folder that are missing, of another size or in quarantine, if nothing else is wrong.
         in_quarantine: Whether all lost files are shards in quarantine, so that a stage that may skip them can read the
             rest.
-        begun_otherwise: The setting or input that differs from the one under which an unfinished folder was begun, in
-            words; empty where the folder can be continued.
+        begun_otherwise: The setting, input or source that differs from the one with which an unfinished folder was
+            begun, in words; empty where the folder can be continued.
     """
 
     instance: Instance
@@ -201,9 +202,18 @@ class RunStates:
         changed = _difference(begun, order)
         if changed:
             why = f"{why}, begun under other settings: {changed}"
+        elif changed := self._changed_since(instance, begun):
+            why = f"{why}, {changed}"
         elif upgraded := changed_versions(folder / WORK_FOLDER):
             why = f"{why}, {upgraded}"
+        if not changed:
+            order = order.model_copy(update={"sources": begun.sources})
         return StageState(instance, folder, State.PARTIAL, why, order, None, begun_otherwise=changed)
+
+    def _changed_since(self, instance: Instance, begun: WorkOrder) -> str:
+        """Say in words which source changed since the folder was begun; empty where none did, or none is recorded."""
+        changed = changed_source(self.run, instance, begun.sources) if begun.sources else ""
+        return changed and f"{changed} since this stage was begun"
 
     def _look_at_finished(self, instance: Instance, folder: Path, order: WorkOrder, manifest: Manifest) -> StageState:
         different = _difference(manifest, order)

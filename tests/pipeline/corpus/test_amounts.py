@@ -60,6 +60,15 @@ def test_records_are_estimated_from_a_sample_and_say_so(tmp_path: Path, texts: l
     assert f"4 {suffix} of " in found.source and "by a sample" in found.source
 
 
+def test_rows_of_a_table_without_text_or_that_cannot_be_used_count_as_rows(tmp_path: Path) -> None:
+    rows = ["word " * 40 if number % 10 == 0 else [" ", "", None][number % 3] for number in range(4000)]
+    pa.parquet.write_table(pa.table({"text": rows}), tmp_path / "a.parquet")
+    with pytest.raises(InputError, match=r"corpus.sources: .*a.parquet#\d+: "):
+        text_bytes([tmp_path / "a.parquet"], "text")
+    # every tenth of the 200 rows of the sample has text, as of all rows
+    assert text_bytes([tmp_path / "a.parquet"], "text", skips=True).value == pytest.approx(400 * 200)
+
+
 def test_python_s_own_text_is_counted() -> None:
     found = text_bytes(list_places(("builtin:python",)), "text")
     assert found.value is not None and found.value > 1e6 and "counted" in found.source

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from capgap.pipeline.corpus.pack import Encoded, Packer
 from capgap.pipeline.corpus.sources import Document
+from capgap.pipeline.corpus.whole import say_left_out
 from capgap.schemas.errors import InputError
 from capgap.schemas.records import Sequences
 
@@ -200,3 +201,12 @@ def test_what_stands_before_a_text_counts_in_its_length() -> None:
     assert pack(_documents([7]), 8, EOS, "refuse", BOS).num_dropped == 0
     with pytest.raises(InputError, match="found 9 tokens and an end token, expected at most 9 in all"):
         pack(_documents([8]), 8, EOS, "refuse", BOS)
+
+
+def test_a_row_of_one_length_is_named_by_its_tokens_where_answers_are_left_out(caplog) -> None:
+    with caplog.at_level("WARNING", "capgap"):
+        say_left_out("tune", 0, 0, 16)
+        say_left_out("tune", 3, 1, 16)
+    assert caplog.messages == [
+        "tune: left out 3 answers that do not end within a row of 17 tokens, among them all of 1 conversations"
+    ]

@@ -11,6 +11,7 @@ from capgap.pipeline.corpus.tokenizer import train_tokenizer
 from capgap.pipeline.models.tokenizers import load_tokenizer
 from capgap.pipeline.stage.context import Instance, StageContext
 from capgap.pipeline.workflow.carry_out import carry_out
+from capgap.schemas.errors import BadRecordError
 from capgap.schemas.run_file import RunFile
 
 CORPUS = Instance("corpus")
@@ -47,6 +48,38 @@ def test_new_pieces_of_conversations_are_of_what_is_said_and_not_of_the_json_aro
     assert {"zebra", "quokka"} <= set(pieces)
     said = " ".join(message["content"] for talk in talks for message in talk)
     assert all(piece.strip() in said for piece in pieces)
+
+
+def test_text_for_new_pieces_is_read_like_the_corpus_and_its_errors_name_its_setting(folder: Path) -> None:
+    talks = [{"messages": [{"role": "user", "content": f"zebra {i}?"}, {"role": "assistant", "content": "quokka!"}]}
+             for i in range(150)]  # fmt: skip
+    (folder / "chat.jsonl").write_text("".join(json.dumps(talk) + "\n" for talk in talks) + '{"text": "a"}\n')
+    settings = {"sources": [str(folder / "chat.jsonl")], "messages_field": "auto"}
+    settings["extend_vocabulary"] = {"num_pieces": 12, "sources": [str(folder / "chat.jsonl")]}
+    place = r"corpus.extend_vocabulary.sources: .*chat.jsonl:151"
+    with pytest.raises(BadRecordError, match=place + r".*set corpus.messages_field"):
+        _new_pieces(folder, **settings)
+    assert {"zebra", "quokka"} <= set(_new_pieces(folder, **settings, on_bad_record="skip"))
+
+
+def test_a_tokenizer_of_a_mixture_is_learnt_from_by_the_weights_of_its_sources(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, number in (("rare", 1900), ("often", 100)):
+        lines = (json.dumps({"text": f"{name} {i} " + "of the same length " * 2}) + "\n" for i in range(number))
+        (folder / f"{name}.jsonl").write_text("".join(lines))
+    mixture = {name: {"paths": [str(folder / f"{name}.jsonl")], "weight": 1} for name in ("rare", "often")}
+    settings = {"tokenizer": str(folder / "tokenizer"), "mixture": mixture, "unit_bytes": 2000}
+    run = RunFile.model_validate({"name": "weighed", "out": str(folder), "corpus": settings})
+    (folder / "corpus").mkdir()
+    job = prepare.prepare(StageContext(run, CORPUS, folder / "corpus", {}, "cpu"))
+    # all of the text, and beginnings of its units
+    for most in (1 << 20, 20000):
+        monkeypatch.setattr(prepare, "SAMPLE_BYTES", most)
+        found = list(prepare._sampled_texts(job))
+        num_bytes = {name: sum(len(text) for text in found if text.startswith(name)) for name in mixture}
+        # about 100 of 1900 texts are drawn, give or take ten, and of a beginning the last text is cut
+        assert num_bytes["rare"] == pytest.approx(num_bytes["often"], rel=0.4)
 
 
 def test_nothing_that_is_held_out_is_learnt_from_where_the_text_is_sampled(

@@ -257,6 +257,8 @@ def test_a_source_that_changed_since_it_was_listed_is_named_and_a_begun_corpus_d
         UnitMaker(job).make(NUM_UNITS - 1, lambda *_: None)
     assert NUM_UNITS - 1 not in job.units.made()
     with pytest.raises(MismatchError, match=r"the sources changed since this corpus was begun; found .*b.jsonl"):
+        prepare(StageContext(run, CORPUS, _folder(run), {}, "cpu"))
+    with pytest.raises(MismatchError, match=r"begun .* from other sources; found source .*b.jsonl is gone since"):
         carry_out(run, CORPUS)
     assert carry_out(run, CORPUS, remake=True).totals["num_damaged_files"] == 0
 

@@ -171,6 +171,29 @@ def test_a_template_that_refuses_a_prompt_is_named(make_rounds: MakeRounds, begu
     assert "begin with system" in str(caught.value)
 
 
+def test_a_later_prompt_that_the_template_refuses_is_named_before_anything_is_written(
+    make_rounds: MakeRounds, begun, tmp_path: Path
+) -> None:
+    no_system = "{% if messages[0].role == 'system' %}{{ raise_exception('no system message') }}{% endif %}" + TEMPLATE
+    folder = with_files(begun, tmp_path, {"chat_template.jinja": no_system})
+    told = {"messages": [{"role": "system", "content": "be brief"}, {"role": "user", "content": "salt?"}]}
+    prompts = write_prompts(tmp_path / "p.jsonl", [*prompt_lines(24), told])
+    run = make_rounds({"teacher": {"path": folder}}, prompts=prompts)
+    carry_out(run, Instance("teacher"), remake=True)
+    with pytest.raises(InputError, match=r"the writer's chat template refuses a prompt; found .*no system message"):
+        carry_out(run, FIRST)
+    assert states(run)[FIRST.name].why == "never made"
+
+
+def test_prompts_that_changed_since_answers_were_written_are_named(make_rounds: MakeRounds, tmp_path: Path) -> None:
+    prompts = write_prompts(tmp_path / "p.jsonl", prompt_lines(24))
+    run = make_rounds(prompts=prompts)
+    assert carry_out_slice(run, FIRST, Slice(0, 2)) is None
+    write_prompts(tmp_path / "p.jsonl", prompt_lines(8))
+    with pytest.raises(MismatchError, match=r"from other sources; found source .*p.jsonl changed since this stage"):
+        carry_out(run, FIRST)
+
+
 CALLING = "{% if tools %}tools {{ tools | tojson }} {% endif %}" + TEMPLATE.replace(
     "{{ eos_token }}", "{% if message.tool_calls %}{{ message.tool_calls | tojson }}{% endif %}{{ eos_token }}"
 )

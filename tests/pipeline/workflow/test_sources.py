@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from capgap.pipeline.stage.context import Instance
+from capgap.pipeline.stage.manifests import record_sources, with_digests
 from capgap.pipeline.workflow.carry_out import carry_out
 from capgap.pipeline.workflow.state import State, states
 from capgap.schemas.run_file import RunFile
@@ -63,6 +64,20 @@ def test_a_new_and_a_missing_text_are_named(run: RunFile, texts: Path) -> None:
 def test_a_corpus_outlives_the_text_it_was_made_from(run: RunFile, texts: Path) -> None:
     texts.rename(texts.with_name("away"))
     assert _corpus(run) == (State.CURRENT, "")
+
+
+def test_the_digest_of_a_source_is_computed_once_and_again_only_where_its_time_moved(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("a text")
+    first = record_sources([path], digests=False)
+    assert with_digests(first) == record_sources([path])
+    known = tuple(entry.model_copy(update={"sha256": "5a"}) for entry in first)
+    assert record_sources([path], known) == with_digests(known) == known
+    os.utime(path, ns=(0, 0))
+    assert record_sources([path], known) == record_sources([path]) != known
+    assert with_digests(first) == first, "what changed meanwhile has no digest of what was read"
+    path.unlink()
+    assert with_digests(first) == first
 
 
 def test_what_follows_from_changed_text_is_made_again(run: RunFile, texts: Path) -> None:
