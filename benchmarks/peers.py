@@ -93,7 +93,7 @@ class DistillKit:
     def train(self, arm: str, seed: int, heldout: Heldout) -> dict[str, Any]:
         """Train one student, and return its line of the results without `about` and `machine`."""
         name, missing = ARMS[arm]
-        captures, captured = self._captures(name)
+        captures, captured = self._captures(name, seed)
         rows = self._rows(seed)
         folder = self._work / f"train-{name.split()[0]}-{missing}-{seed}"
         shutil.rmtree(folder, ignore_errors=True)
@@ -116,9 +116,9 @@ class DistillKit:
             }
         )
 
-    def _captures(self, name: str) -> tuple[Path, dict[str, Any]]:
+    def _captures(self, name: str, seed: int) -> tuple[Path, dict[str, Any]]:
         """Return the folder of a capture, which is made if it is missing, with its bytes and seconds."""
-        folder = self._work / f"captures-{name.split()[0]}"
+        folder = self._work / f"captures-{name.split()[0]}-{seed}"
         kept = folder / "taken.json"
         if not kept.is_file():
             shutil.rmtree(folder, ignore_errors=True)
@@ -128,7 +128,7 @@ class DistillKit:
             config.write_text(yaml.safe_dump(COMPRESSIONS[name] | _ALIKE | {"d": 1}))
             teacher = self._bench.teacher_folder
             found = self._start(
-                sys.executable, "capture", rows=self._rows(0), model=teacher, config=config, out=folder,
+                sys.executable, "capture", rows=self._rows(seed), model=teacher, config=config, out=folder,
                 length=self._length,
             )  # fmt: skip
             kept.write_text(json.dumps(found))

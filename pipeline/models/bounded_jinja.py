@@ -257,7 +257,7 @@ def _cost(name: str, value: Any, args: Any, kwargs: dict[str, Any]) -> float:
     longest = max((len(one) for one in given if isinstance(one, str)), default=0)
     if name == "round":
         # some of its methods multiply by 10 to the power of the precision, whatever the value is
-        return 4 * numbers + size_of(value) * 10 ** min(numbers, 9)
+        return 4 * numbers + size_of(value) * 10.0 ** min(numbers, 9)
     if name == "sum" and any(isinstance(one, (list, tuple)) for one in given):
         return size_of(value) * (len(value) if isinstance(value, _SIZED) else 1)
     if not isinstance(value, str):
