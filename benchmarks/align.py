@@ -1,12 +1,11 @@
-"""How fast `align` turns a cache into one for another tokenizer: tokens of the cache a second, on one core.
+"""How fast `align` turns a cache into one for another tokenizer: tokens of the cache per second, on one core.
 
 python benchmarks/align.py             two byte-level BPEs, top-64 and samples, medians of three runs; kept in results/
 python benchmarks/align.py --quick     a tenth of the text
 
-The text is the Python standard library's; the distributions are made up, and every byte of text goes through: members
-are read and decoded, text is encoded anew, chunks are cut, shards are written. Beside it stands the time of the
-tokenizer alone. Seconds are those of the processor, which others on the machine do not lengthen much; those of the
-clock are kept too.
+The text is the Python standard library's, and the distributions are made up. The whole stage is measured: members are
+read and decoded, text is tokenized again, chunks are cut, shards are written. The tokenizer is also timed alone. Rates
+use CPU seconds, which other processes on the machine hardly change; wall seconds are kept too.
 """
 
 from __future__ import annotations
@@ -23,9 +22,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-# found beside this file also where Python is told not to look there: -P, PYTHONSAFEPATH
+# added here because Python with -P or PYTHONSAFEPATH does not search the folder of this script
 sys.path.insert(0, str(Path(__file__).parent))
-# one core, as it says
+# the tokenizers library would otherwise use every core
 os.environ["RAYON_NUM_THREADS"] = "1"
 
 import numpy as np
@@ -48,7 +47,7 @@ SEQ_LEN, NUM_TOKENS = 1024, 2_000_000
 
 
 def main() -> None:
-    """Measure both recordings, say whether the goal is met, and keep the figures."""
+    """Measure both recordings, print whether the goal is met, and write the figures to results/."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="a tenth of the text, one run, nothing is kept")
     parser.add_argument("--runs", type=int, default=3)
@@ -85,7 +84,7 @@ def main() -> None:
 
 
 def _texts(num_bytes: int) -> list[str]:
-    """Modules of the standard library, in the order of their paths, as many as make so many bytes, again if need be."""
+    """Return modules of the standard library with `num_bytes` characters or more, sorted by path and repeated."""
     paths = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py")) * 50
     texts: list[str] = []
     total = 0
@@ -130,11 +129,11 @@ def _job(folder: Path, recording: str, sequences: Sequences, teacher: Any, stude
 
 
 def _targets(recording: str, part: Sequences, kept: int, vocab_size: int, rng: np.random.Generator) -> Targets:
-    """The label first, with a third of the probability, and ids at random."""
+    """Return targets that give the label a third of the probability, and other ids the rest."""
     labels_BL = part.tokens_BL1[:, 1:]
     label_BL = np.full(labels_BL.shape, np.log(1 / 3), np.float32)
     if recording == "topk":
-        # each at a distance of its own from the label: no id comes twice
+        # each id has its own distance from the label, so that no id occurs twice
         width = vocab_size // kept
         steps_BLK = rng.integers(0, width, (*labels_BL.shape, kept)) + width * np.arange(kept)
         ids_BLK = ((labels_BL[..., None] + steps_BLK) % vocab_size).astype(np.int32)
@@ -154,8 +153,7 @@ def _targets(recording: str, part: Sequences, kept: int, vocab_size: int, rng: n
 
 
 def _timed(job: AlignJob, name: str, number: int) -> tuple[float, float]:
-    """Seconds of the processor and of the clock for one unit; tables of the tokenizers, which a process makes once, are
-    made before."""
+    """Return the CPU and wall seconds of one unit, without the tokenizers' tables, which a process makes only once."""
     maker = ChunkAligner(replace(job, work=job.work / name / str(number)))
     maker.warm_up()
     cpu, wall = time.process_time(), time.perf_counter()

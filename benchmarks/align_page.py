@@ -1,4 +1,4 @@
-"""The lines of benchmarks/align_quality.py as tables: means over seeds, and differences paired by seed.
+"""Tables of the results of benchmarks/align_quality.py: means over seeds, and differences paired by seed.
 
 python benchmarks/align_page.py        fill in the tables of docs/how-to/another-tokenizer.md
 """
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-# found beside this file also where Python is told not to look there: -P, PYTHONSAFEPATH
+# added here because Python with -P or PYTHONSAFEPATH does not search the folder of this script
 sys.path.insert(0, str(Path(__file__).parent))
 
 from machine import RESULTS
@@ -30,26 +30,26 @@ ARMS: dict[str, dict[str, Any]] = {
     "chunks-alone": {"alpha": 1.0, "temperature": 100.0},
 }
 _FEW = [CROSS_ENTROPY, "chunks-100", "projected"]
-# how many seeds, and which arms
+# number of seeds and arms of each pair of models
 PAIRS = {"bpe": (5, list(ARMS)), "gemma-smol": (3, _FEW), "smol-gemma": (3, _FEW)}
 _HEAD = ("settings of the arm", "bits per byte", "cross-entropy - arm", "KL of chunks", "cross-entropy - arm", "seeds")
 
 
 def main() -> None:
-    """Write the page anew."""
+    """Write the page with its tables filled in."""
     argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
     PAGE.write_text(filled(PAGE.read_text(), RESULTS))
 
 
 def filled(page: str, results: Path) -> str:
-    """The page with its tables made anew."""
+    """Return the page with its tables made from the results."""
     tables = {pair: table(Results(results / f"align-quality-{pair}.jsonl").lines) for pair in PAIRS}
     there = {pair: rows for pair, rows in tables.items() if mark("align_page.py", pair) in page}
     return with_tables(page, "align_page.py", there)
 
 
 def table(lines: Sequence[dict[str, Any]]) -> list[Row]:
-    """A row an arm, of the largest measurement; what follows +- is half of the 95 % interval over seeds."""
+    """Return one row per arm of the largest measurement; the number after +- is half the 95 % interval over seeds."""
     found = {(one["arm"], one["seed"]): one for one in one_measurement(lines)}
     rows: list[Row] = [_HEAD, ("---", *["---:"] * 5)]
     for arm, settings in ARMS.items():

@@ -1,14 +1,14 @@
-"""What a teacher of another tokenizer gives a student, beside cross-entropy alone on the same bytes of text.
+"""What a student gains from a teacher with another tokenizer, compared with cross-entropy on the same bytes of text.
 
 python benchmarks/align_quality.py                      two small BPEs and a teacher made here, 5 seeds
 python benchmarks/align_quality.py --pair gemma-smol    Gemma 3 270M teaches 6 layers of SmolLM2 135M, 3 seeds
-python benchmarks/align_quality.py --pair smol-gemma    the reverse, Gemma whole; real_models.py fetches both
-python benchmarks/align_quality.py --smoke              the smallest size, to see that it works
+python benchmarks/align_quality.py --pair smol-gemma    the reverse, with all of Gemma; real_models.py fetches both
+python benchmarks/align_quality.py --smoke              the smallest size, to check that it works
 python benchmarks/align_page.py                         the tables of docs/how-to/another-tokenizer.md
 
-Every arm of a seed starts from the same weights and sees the same sequences of the student's tokens in the same order,
-once. Bits per byte and KL of chunks are of the same held-out text. A finished training is a line of the results, and is
-not done again; one that was killed goes on from its last checkpoint.
+Every arm of a seed starts from the same weights and sees the same sequences of the student's tokens once, in the same
+order. Bits per byte and KL of chunks are measured on the same held-out text. A finished training is a line of the
+results, and is not repeated; a killed one continues from its last checkpoint.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-# found beside this file also where Python is told not to look there: -P, PYTHONSAFEPATH
+# added here because Python with -P or PYTHONSAFEPATH does not search the folder of this script
 sys.path.insert(0, str(Path(__file__).parent))
 
 from align_page import ARMS, PAIRS, table
@@ -42,25 +42,25 @@ from capgap.schemas.manifest import Manifest
 from capgap.schemas.results import RESULTS_NAME, EvalResults
 from capgap.schemas.run_file import RunFile
 
-# who teaches, and who learns
+# teacher and student of each pair
 REAL = {"gemma-smol": (GEMMA_3, SMOLLM2), "smol-gemma": (SMOLLM2, GEMMA_3)}
-# Of real models: tokens that the teacher scores. A student of Gemma's vocabulary takes four times as long for each.
+# Tokens that a real teacher scores. A student with Gemma's vocabulary takes four times as long for each token.
 NUM_TOKENS = {"gemma-smol": 24_576, "smol-gemma": 8_192}
 CACHE: dict[str, Any] = {"engine": "transformers", "recording": "topk"}
 PROJECTED_TOP_K = 16
-# the teacher's, by the precision of trainings
+# the teacher's dtype for each precision of the trainings
 _DTYPES = {"bf16-mixed": "bfloat16", "32-true": "float32"}
 TRAIN: dict[str, Any] = {"validate_every_steps": 10_000, "num_validation_sequences": 1}
 
 
 def main() -> None:
-    """Train what is missing, and print the table."""
+    """Run the trainings that the results lack, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--pair", choices=list(PAIRS), default="bpe")
     parser.add_argument("--seeds", type=int)
-    parser.add_argument("--work", type=Path, help="caches, and trainings at work; default: runs/align-PAIR")
+    parser.add_argument("--work", type=Path, help="folder of the caches and trainings; default: runs/align-PAIR")
     parser.add_argument("--results", type=Path, help="default: benchmarks/results/align-quality-PAIR.jsonl")
-    parser.add_argument("--smoke", action="store_true", help="one seed at the smallest size, to see that it works")
+    parser.add_argument("--smoke", action="store_true", help="run one seed at the smallest size as a check")
     flags = parser.parse_args()
     name = f"{flags.pair}{'-smoke' if flags.smoke else ''}"
     work = (flags.work or Path(f"runs/align-{name}")).resolve()
@@ -79,14 +79,14 @@ def main() -> None:
 
 @dataclass(frozen=True)
 class Models:
-    """Who teaches and who learns.
+    """Settings of one pair of teacher and student.
 
     Attributes:
-        teacher: the sections of the run that makes the cache.
-        tokenizer: the student's.
-        student: what a training begins with.
-        train: what all arms have alike.
-        known_as: the student, in results.
+        teacher: Sections of the run file that makes the cache.
+        tokenizer: Folder of the student's tokenizer.
+        student: Section `student` of the trainings' run files.
+        train: Settings of `train` that all arms share.
+        known_as: How the results name the student.
     """
 
     teacher: dict[str, Any]
@@ -97,12 +97,12 @@ class Models:
 
 
 class Bench:
-    """The cache of a pair, made when it is not there, and the trainings from it.
+    """The cache of a pair, which is made if it is missing, and the trainings from it.
 
     Args:
-        pair: one of `PAIRS`.
-        work: folder for all of it.
-        smoke: at the smallest size.
+        pair: One of `PAIRS`.
+        work: Folder of the cache and the trainings.
+        smoke: Whether everything has the smallest size.
     """
 
     def __init__(self, pair: str, work: Path, smoke: bool) -> None:
@@ -125,7 +125,7 @@ class Bench:
         }
 
     def measured(self, arm: str, seed: int) -> dict[str, Any]:
-        """One line of the results."""
+        """Train one arm and seed, and return its line of the results."""
         out = self._work / f"{arm}-seed-{seed}"
         is_whole = not out.exists()
         wall, cpu = time.perf_counter(), time.process_time()
@@ -144,7 +144,7 @@ class Bench:
         found = EvalResults.model_validate_json((out / "eval" / RESULTS_NAME).read_text())
         [model] = [one for one in found.models if one.arm == arm]
         assert found.cached is not None and model.against_cache is not None and self._facts.aligned is not None
-        shutil.rmtree(out)  # the student has served
+        shutil.rmtree(out)  # the student is not needed any more
         aligned = self._facts.aligned
         return {
             "arm": arm,
@@ -156,7 +156,7 @@ class Bench:
             "num_tokens": self._num_tokens,
             "kept_chunks": round(aligned.num_kept_chunks / aligned.num_chunks, 4),
             "projected": round(aligned.num_projected / self._num_tokens, 4),
-            # of a training that goes on from a checkpoint this process has seen a part
+            # this process has only timed a part of a training that continued from a checkpoint
             "wall_s": round(wall_s, 1) if is_whole else None,
             "cpu_s": round(cpu_s, 1) if is_whole else None,
             "settings": ARMS[arm],
@@ -166,7 +166,7 @@ class Bench:
 
 
 def _small(work: Path, smoke: bool) -> Models:
-    """A teacher of 2.2 million parameters, a student of 0.34 million, and a tokenizer made of a part of their text."""
+    """Return a teacher of 2.2 million parameters and a student of 0.34 million, whose tokenizer is trained here."""
     tokenizer, seq_len = work / "tokenizer", 128
     if not tokenizer.is_dir():
         pages = [text for _, text in sorted(pydoc_data.topics.topics.items())]
@@ -187,7 +187,7 @@ def _small(work: Path, smoke: bool) -> Models:
 
 
 def _real(pair: str, work: Path, smoke: bool) -> Models:
-    """Two models of their makers; of SmolLM2 as the student some layers are left, and training has to mend it."""
+    """Return two real models; as a student, SmolLM2 is pruned to 6 layers, and training has to restore its quality."""
     teacher, student = map(real_model, REAL[pair])
     seq_len, shard = (128, 4) if smoke else (512, 16)
     precision = mixed_precision(resolve_device("auto"))
@@ -200,9 +200,9 @@ def _real(pair: str, work: Path, smoke: bool) -> Models:
     }
     train = TRAIN | {"batch_sequences": 1, "precision": precision}
     if pair == "smol-gemma":
-        # whole, for Gemma cannot be pruned, and so with small steps
+        # Gemma cannot be pruned, so its student is the whole model, which needs a low learning rate
         return Models(scored, student, {"path": str(student)}, train | {"learning_rate": 5e-5}, student.name)
-    # on some of the same text
+    # pruning scores the layers on a part of the same text
     cut = _carry_out(
         {
             "out": str(work / "pruned"),
@@ -218,13 +218,13 @@ def _real(pair: str, work: Path, smoke: bool) -> Models:
 
 
 def _splits(seq_len: int, shard: int, max_tokens: dict[str, int], smoke: bool) -> dict[str, Any]:
-    """Sizes of a corpus; of each split a shard at least, and no more where it only has to work."""
+    """Return the sizes of a corpus: `max_tokens` of each split, or one shard of each for a smoke test."""
     sizes = {name: seq_len * shard if smoke else number for name, number in max_tokens.items()}
     return {"seq_len": seq_len, "shard_sequences": shard, "max_tokens": sizes}
 
 
 def _carry_out(sections: dict[str, Any]) -> Manifest:
-    """Make all of a run but its report; what stood last in it."""
+    """Make every stage of a run except its report, and return the last stage's manifest."""
     run = RunFile.model_validate({"name": "align-quality", **sections})
     made = [carry_out(run, instance) for instance in instances(run) if instance.stage != "report"]
     return made[-1]

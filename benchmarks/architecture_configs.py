@@ -1,7 +1,7 @@
-"""The architectures that benchmarks/architectures.py goes through: each as small as its kind can be and vLLM takes.
+"""The architectures that benchmarks/architectures.py measures, each with the smallest shape that vLLM accepts.
 
-A window of attention is shorter than the sequences, layers of every kind of the architecture are there, and experts are
-more than are chosen: what an architecture is known for takes part in its figures.
+Each configuration exercises what is special about its architecture: attention windows are shorter than the sequences,
+layers of every kind are present, and there are more experts than are chosen for a token.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 from transformers import AutoConfig, PreTrainedConfig
 
 VOCAB_SIZE = 300
-NUM_COLUMNS = 320  # twenty rows of padding behind the vocabulary
+NUM_COLUMNS = 320  # rows of the output head: the vocabulary and twenty rows of padding
 SEQ_LEN = 64
 _WINDOW = 16
 
@@ -24,7 +24,7 @@ _LLAMA: dict[str, Any] = {
     "num_key_value_heads": 2,
     "head_dim": 32,
     "max_position_embeddings": 2 * SEQ_LEN,
-    "initializer_range": 0.2,  # next tokens are far from equally likely
+    "initializer_range": 0.2,  # large enough that the predicted distributions are far from uniform
     "bos_token_id": 0,
     "eos_token_id": 0,
     "pad_token_id": None,
@@ -66,7 +66,7 @@ _MAMBA2: dict[str, Any] = {
     "mamba_chunk_size": 16,
 }
 
-# By its name: its model type in transformers, what else it starts from, and what it has of its own.
+# By name: the model type in transformers, the settings that it starts from, and its own settings.
 _KINDS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "Llama": ("llama", _LLAMA, {}),
     "Llama 3.1, scaled rotation": (
@@ -185,7 +185,7 @@ NAMES = tuple(_KINDS)
 
 
 def config_of(name: str) -> PreTrainedConfig:
-    """The configuration of one of `NAMES`."""
+    """Return the configuration of one of `NAMES`."""
     kind, base, own = _KINDS[name]
     config: PreTrainedConfig = AutoConfig.for_model(kind, **base | own)
     return config

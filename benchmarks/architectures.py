@@ -1,13 +1,13 @@
-"""Which architectures go through a cache, and how far vLLM's rows and transformers' are apart for each.
+"""Which architectures can be cached, and how much the logprobs of vLLM and transformers differ for each.
 
 python benchmarks/architectures.py                  every architecture that is not in the results yet, then the table
-python benchmarks/architectures.py --only NAME ...  these, whether they are there or not
+python benchmarks/architectures.py --only NAME ...  these architectures, even if they are in the results
 python benchmarks/architectures.py --page FILE      put the table into a page, between its marks
 
-Each is a model of fresh weights and a seed, with norms and biases that are not what they begin as, in float32. It goes
-through a run's own stages, as a teacher that was given: one cache by vLLM, captured on the worker, and one by
-transformers, lossless, of the same sequences. Each has a process of its own, so that one that ends it is a line too. A
-line that is there, of these versions, is kept.
+Each architecture is a float32 model with seeded random weights; noise is added to its norms and biases, which would
+otherwise be all ones or zeros. The model is a given teacher of a run's own stages, which make two lossless caches of
+the same sequences: one by vLLM, captured on the worker, and one by transformers. Each architecture has a process of its
+own, so that even a crash becomes a line of the results. Lines with the installed versions are kept.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
 
-# found beside this file also where Python is told not to look there: -P, PYTHONSAFEPATH
+# added here because Python with -P or PYTHONSAFEPATH does not search the folder of this script
 sys.path.insert(0, str(Path(__file__).parent))
 
 import numpy as np
@@ -54,18 +54,29 @@ Row = dict[str, Any]
 
 
 def main() -> None:
-    """Make what is missing, and print the table."""
+    """Measure the architectures that the results lack, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", nargs="+", choices=NAMES, default=None, metavar="NAME", help="make these anew")
-    parser.add_argument("--work", type=Path, default=Path("runs/architectures"), help="corpus, and models at work")
-    parser.add_argument("--results", type=Path, help="default: benchmarks/results, by the machine's name")
-    parser.add_argument("--page", type=Path, help="only put the table of the results into this page")
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        choices=NAMES,
+        default=None,
+        metavar="NAME",
+        help="measure these, even if they are in the results",
+    )
+    parser.add_argument(
+        "--work", type=Path, default=Path("runs/architectures"), help="folder of the corpus and the models"
+    )
+    parser.add_argument(
+        "--results", type=Path, help="file of the results; default: in benchmarks/results, named after the machine"
+    )
+    parser.add_argument("--page", type=Path, help="measure nothing, and write the table of the results into this page")
     flags = parser.parse_args()
     path = flags.results or RESULTS / f"architectures-{slug_of(machine('cpu')['device'])}.jsonl"
     if flags.page:
         fill_page(flags.page, read_rows(path))
         return
-    import vllm  # noqa: F401  the processes of the rows have it then
+    import vllm  # noqa: F401  imported before the rows' processes are forked, so that they need not import it
 
     os.environ.setdefault("CAPGAP_LEASE_DIR", str((flags.work / "leases").resolve()))
     make_corpus(flags.work)
@@ -79,12 +90,12 @@ def main() -> None:
 
 
 def read_rows(path: Path) -> list[Row]:
-    """What is there; a killed process may have left half a line at the end."""
+    """Return the results that are there; a line that a killed process left unfinished is ignored."""
     return [json.loads(line) for line in path.read_text().rpartition("\n")[0].splitlines()] if path.is_file() else []
 
 
 def write_rows(path: Path, rows: list[Row]) -> None:
-    """All of them, or none."""
+    """Write all rows atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_suffix(".half")
     beside.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -92,14 +103,14 @@ def write_rows(path: Path, rows: list[Row]) -> None:
 
 
 def versions() -> dict[str, str]:
-    """Of what decides a row."""
+    """Return the versions of the packages that decide a row."""
     from vllm import __version__ as vllm_version  # the package has one name on a GPU and another on a CPU
 
     return {"vllm": vllm_version, "transformers": version("transformers"), "torch": torch.__version__}
 
 
 def row_of(name: str, work: Path) -> Row:
-    """One architecture in a process of its own; what kept it from a figure stands under `fault`, in words."""
+    """Measure one architecture in a process of its own; `fault` says in words why there are no figures."""
     started = time.monotonic()
     # forked: importing torch and vLLM takes longer than most rows
     forks = multiprocessing.get_context("fork")
@@ -122,7 +133,7 @@ def row_of(name: str, work: Path) -> Row:
 
 
 def make_corpus(work: Path) -> Manifest:
-    """Prose in English that every Python brings, in a vocabulary of 300 ids."""
+    """Make a corpus of the English documentation that Python carries, with a vocabulary of 300 ids."""
     texts = [topics[name] for name in sorted(topics)[:24]]
     if not (work / "tokenizer").exists():
         (work / "text").mkdir(parents=True, exist_ok=True)
@@ -149,13 +160,13 @@ def _corpus_run(work: Path) -> dict[str, Any]:
 
 
 def compared(name: str, work: Path) -> Row:
-    """Figures of one architecture, or the fault that kept it from them."""
+    """Return the figures of one architecture, or the fault that prevented them."""
     folder = work / "models" / name.lower().replace(" ", "-").replace(",", "").replace(".", "-")
     shutil.rmtree(folder, ignore_errors=True)
     row = _save(name, folder / "given", work / "tokenizer")
     try:
         caches = {engine: _cache(engine, folder, work) for engine in ("transformers", "vllm")}
-    except Exception as error:  # a row says what it was, whatever it was
+    except Exception as error:  # any error becomes the row's fault
         said = str(error) if isinstance(error, CapgapError) else repr(error)
         return row | {"fault": said.replace(str(folder / "given"), "the teacher")[:300]}
     row |= _apart(*(_targets(*made) for made in caches.values()))
@@ -178,7 +189,7 @@ def _save(name: str, folder: Path, tokenizer: Path) -> Row:
 
 
 def _cache(engine: str, folder: Path, work: Path) -> tuple[Path, Manifest]:
-    """Teacher and cache of a run over the shared corpus."""
+    """Make teacher and cache of a run over the shared corpus, and return the cache's folder and manifest."""
     run = RunFile.model_validate(
         _corpus_run(work)
         | {
@@ -202,7 +213,7 @@ def _cache(engine: str, folder: Path, work: Path) -> tuple[Path, Manifest]:
 
 
 def _targets(folder: Path, manifest: Manifest) -> TopkTargets:
-    """All of a cache, as one block."""
+    """Return all targets of a cache as one block."""
     reader = ShardReader(folder, manifest.shard_sets["topk"])
     blocks = [reader.read(index)[1] for index in range(reader.shard_set.num_members)]
     fields = [name for name in vars(blocks[0])]
@@ -222,7 +233,7 @@ def _apart(reference: TopkTargets, found: TopkTargets) -> Row:
 
 
 def _refuses_incomplete(folder: Path) -> bool:
-    """Whether the model is refused once a matrix of its last layer is gone."""
+    """Return whether the model is refused after a matrix of its last layer is removed from its file."""
     (file,) = folder.glob("*.safetensors")
     weights = load_file(file)
     matrices = [name for name, weight in weights.items() if weight.ndim > 1 and ".3." in name]

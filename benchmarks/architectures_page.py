@@ -1,4 +1,4 @@
-"""The lines of benchmarks/architectures.py as a table."""
+"""The table of the results of benchmarks/architectures.py."""
 
 from __future__ import annotations
 
@@ -7,21 +7,21 @@ from typing import Any
 
 BEGIN, END = "<!-- made by benchmarks/architectures.py --page -->", "<!-- end -->"
 
-# above it a cache warns; see pipeline/cache/cross_check.py
+# nats of rms difference above which the cache stage warns (pipeline/cache/cross_check.py)
 _DIFFERS_NATS = 1e-3
 
 _HEAD = "| architecture | class in transformers | rms, nats | largest, nats | same top token | one matrix gone |"
 
 
 def fill_page(page: Path, rows: list[dict[str, Any]]) -> None:
-    """Replace what stands between the marks."""
+    """Replace the text between the page's marks by the table."""
     before, rest = page.read_text().split(BEGIN)
     _, after = rest.split(END)
     page.write_text(f"{before}{BEGIN}\n\n{table(rows)}\n{END}{after}")
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """A row an architecture, those with a fault included; above them what was measured on."""
+    """Return the table with one row per architecture, also for faults; a line above it names versions and machine."""
     lines = [f"{_measured_on(rows)}\n", _HEAD, "|---|---|---:|---:|---:|---|"]
     for row in rows:
         cells = [row["name"], f"`{row['class']}`" if "class" in row else ""]
@@ -43,7 +43,7 @@ def _rms(nats: float) -> str:
 
 
 def _measured_on(rows: list[dict[str, Any]]) -> str:
-    """Versions and machine, each once."""
+    """Say how many architectures agree, and name versions and machines, each once."""
     versions = sorted({", ".join(f"{name} {number}" for name, number in row["versions"].items()) for row in rows})
     machines = sorted({row["machine"]["device"] for row in rows})
     passed = sum("fault" not in row and row["rms_nats"] <= _DIFFERS_NATS for row in rows)

@@ -1,18 +1,18 @@
-"""What keeping a teacher's distributions costs beside running the teacher: the tax of every way, and where it goes.
+"""What recording a teacher's distributions costs on top of running the teacher, for each way to record them.
 
 python benchmarks/capture.py                                    a tiny Llama, on this machine's CPU
 python benchmarks/capture.py --device cuda:0 --model FOLDER     a real teacher on a GPU
 
-OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE on a CPU, or threads that wait for work are counted. All ways share one engine
-and take turns; figures are medians, on a CPU of CPU time, on a GPU of wall time. The floor is prefill and the head's
-product for every row, which no way can do without:
+On a CPU, set OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE, or the time of waiting threads is counted. All ways share one
+engine and take turns. Figures are medians, of CPU time on a CPU and of wall time on a GPU. The tax of a way compares it
+with the floor, the prefill and the head's product for every row, which every way needs:
 
     tax = (prefill + capture + encode + write) / (prefill + head on all rows)
 
-`both` keeps 50 samples and the top 64 tokens side by side, from one softmax. Beside ours stand vLLM's public logprobs,
-and those unpacked entry by entry in Python, which is how DistillKit does it, without its compression.
+`both` keeps 50 samples and the top 64 tokens side by side, from one softmax. For comparison, vLLM's public logprobs are
+measured, also unpacked entry by entry in Python as DistillKit does it, but without DistillKit's compression.
 
-Legend: L targets of a sequence, K ids.
+Legend: N rows, S sequences, L targets per sequence, K ids, V vocabulary.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-# found beside this file also where Python is told not to look there: -P, PYTHONSAFEPATH
+# added here because Python with -P or PYTHONSAFEPATH does not search the folder of this script
 sys.path.insert(0, str(Path(__file__).parent))
 
 import numpy as np
@@ -53,28 +53,28 @@ GOALS = {"sampled 50": 1.12, "topk 64": 1.25}
 
 @dataclass
 class Clock:
-    """Seconds by part of the work; of a CPU the process's own, of a GPU the wall's."""
+    """Sums up the seconds of each part of the work, by the clock `now`: CPU time on a CPU, wall time on a GPU."""
 
     now: Callable[[], float]
     taken_s: dict[str, float] = field(default_factory=dict)
 
     def add(self, part: str, since: float) -> None:
-        """Count what has passed since then for this part."""
+        """Add the time since `since` to this part."""
         self.taken_s[part] = self.taken_s.get(part, 0.0) + self.now() - since
 
 
 class HeadOnly(Capture):
-    """The head's product for every row, and nothing of it kept: the floor."""
+    """The floor: computes the head's product for every row, and keeps nothing of it."""
 
     def step(self, hidden_NH: torch.Tensor, logits_of: LogitsOf, spans: list[Any]) -> dict[str, Any]:
-        """As `Capture.step`, with nothing to hand on."""
+        """Compute the logits of a step's rows, and return nothing (see `Capture.step`)."""
         for start in range(0, len(hidden_NH), CHUNK_ROWS):
             logits_of(hidden_NH[start : start + CHUNK_ROWS])
         return {}
 
 
 class Bench:
-    """One engine, a submission, and every way to get rows out of it."""
+    """One engine, one submission of sequences, and every way to record their rows."""
 
     def __init__(self, flags: argparse.Namespace) -> None:
         self.device = flags.device
@@ -91,7 +91,7 @@ class Bench:
         self.start_s = time.perf_counter() - started
         rng = np.random.default_rng(0)
         tokens_SL1 = rng.integers(0, flags.vocab_size, (flags.num_sequences, flags.seq_len + 1), dtype=np.int32)
-        # as in text, the label of a last row is among the top-k tokens: of random tokens it never would be
+        # the last label is made one of the top-k tokens, as it usually is in text; a random token almost never is
         first = self.engine.score([Request(tokens_L1) for tokens_L1 in tokens_SL1])
         tokens_SL1[:, -1] = [scored.ids_LK[-1, 1] for scored in first]
         self.requests = [Request(tokens_L1) for tokens_L1 in tokens_SL1]
@@ -106,7 +106,7 @@ class Bench:
         self._core.get_output = self._timed_output
 
     def ways(self) -> dict[str, Callable[[], object]]:
-        """Each is called once a repeat."""
+        """Return the ways by name; each is called once per repeat."""
         return {
             "prefill": self._prefill,
             "floor": self._floor,
@@ -190,7 +190,7 @@ class Bench:
 
 
 def unpack_entries(flat: Any, num_ids: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Flat logprobs as two tensors, one Python step an entry."""
+    """Turn vLLM's flat logprobs into ids and logprobs [L, K], with one Python step per entry."""
     rows, ranks, ids, logprobs = [], [], [], []
     for position in range(1, len(flat)):
         for entry in range(flat.start_indices[position], flat.end_indices[position]):
@@ -209,7 +209,7 @@ def unpack_entries(flat: Any, num_ids: int) -> tuple[torch.Tensor, torch.Tensor]
 
 
 def measure(bench: Bench, repeats: int) -> dict[str, Any]:
-    """Medians over the repeats, the first of which is not counted: tax, us a token, and us a token by part."""
+    """Return each way's tax and microseconds per token by part: medians over the repeats, without the first one."""
     us: dict[str, dict[str, list[float]]] = {}
     ratios: dict[str, list[float]] = {}
     for repeat in range(repeats + 1):
@@ -235,7 +235,7 @@ def measure(bench: Bench, repeats: int) -> dict[str, Any]:
 
 
 def held_bytes_per_token(bench: Bench) -> dict[str, float]:
-    """What the answers to a submission hold while it is in flight: arrays, or the lists of vLLM's flat logprobs."""
+    """Return the bytes per token that the answers to a submission hold: captured arrays, or vLLM's flat logprobs."""
     bench.engine.record(bench.recordings["topk 64"])
     arrays = bench.engine.score(bench.requests)
     held = sum(array.nbytes for scored in arrays for array in vars(scored).values() if isinstance(array, np.ndarray))
@@ -251,10 +251,10 @@ def held_bytes_per_token(bench: Bench) -> dict[str, float]:
 
 
 def main() -> None:
-    """Measure every way in turn; print a table; keep the figures."""
+    """Measure every way in turn, print a table, and write the figures to results/."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--model", help="folder or id; a tiny Llama is made where it is left out")
+    parser.add_argument("--model", help="folder or id of the teacher; default: a tiny Llama is made")
     parser.add_argument("--folder", type=Path, default=Path("runs/capture-llama"))
     parser.add_argument("--vocab-size", type=int, default=4096, help="the teacher's real vocabulary")
     parser.add_argument("--seq-len", type=int, default=512)
@@ -280,7 +280,7 @@ def main() -> None:
 
 
 def _tiny_llama(folder: Path, vocab_size: int, seq_len: int) -> str:
-    """Random weights, with a head scaled so that a row's entropy is some 3 nats."""
+    """Write a Llama with random weights whose head is scaled so that a row's entropy is about 3 nats."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=vocab_size,

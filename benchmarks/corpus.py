@@ -1,15 +1,15 @@
-"""The corpus stage: memory by the size of the text, tokens a second beside the tokenizer alone and
-beside others, and what it takes to open a manifest of many shards.
+"""The corpus stage: memory for several sizes of text, tokens per second compared with the tokenizer alone and
+with other tools, and the time to open a manifest of many shards.
 
 python benchmarks/corpus.py                               10, 100 and 1,000 MB for memory, 30 MB for speed
 python benchmarks/corpus.py --peers VENV/bin/python       with datatrove and datasets, which that Python must have
 python benchmarks/corpus.py --memory-mb 10 100 --speed-mb 5
 
-Memory is the most that was resident of the one process that makes a corpus of lines of JSON. It is measured with a
-tokenizer of whole words, which is quick: what a tokenizer holds does not grow with the text. Speed is measured with a
-byte-level BPE tokenizer of 4,096 entries, each run in a process of its own, imports left out and all else counted:
-listing and digesting the sources, starting workers, packing, writing shards and the manifest. The tokenizer alone has
-the texts in memory and one thread.
+Memory is the peak resident size of the one process that makes a corpus of JSON lines. It is measured with a tokenizer
+of whole words, because that is fast and a tokenizer's memory does not grow with the text. Speed is measured with a
+byte-level BPE tokenizer of 4,096 entries, each run in a process of its own. Imports are left out, and everything else
+counts: listing and digesting the sources, starting workers, packing, writing shards and the manifest. The tokenizer
+alone has the texts in memory and uses one thread.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-# found beside this file also where Python is told not to look there: -P, PYTHONSAFEPATH
+# added here because Python with -P or PYTHONSAFEPATH does not search the folder of this script
 sys.path.insert(0, str(Path(__file__).parent))
 
 from machine import keep
@@ -49,12 +49,14 @@ DOCUMENT_CHARACTERS, NUM_FILES, NUM_PROCESSES = 4000, 4, (1, 2)
 
 
 def main() -> None:
-    """Measure and keep."""
+    """Measure memory, speed and the opening of a manifest, and write the figures to results/."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--memory-mb", type=int, nargs="*", default=[10, 100, 1000])
     parser.add_argument("--speed-mb", type=int, default=30)
     parser.add_argument("--peers", default=sys.executable, help="a Python that has datatrove and datasets")
-    parser.add_argument("--num-shards", type=int, default=100_000, help="of the manifest that is opened")
+    parser.add_argument(
+        "--num-shards", type=int, default=100_000, help="number of shards in the manifest that is opened"
+    )
     flags = parser.parse_args()
     figures = {
         "memory": list(memory(flags.memory_mb)),
@@ -65,7 +67,7 @@ def main() -> None:
 
 
 def memory(sizes_mb: list[int]) -> Iterator[dict[str, Any]]:
-    """The most that is resident, for each size."""
+    """Yield the peak resident memory for each size of text."""
     for size_mb in sizes_mb:
         with tempfile.TemporaryDirectory(prefix="capgap-corpus-") as name:
             folder = Path(name)
@@ -78,7 +80,7 @@ def memory(sizes_mb: list[int]) -> Iterator[dict[str, Any]]:
 
 
 def speed(flags: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """Tokens a second of the tokenizer alone, of the stage, and of others."""
+    """Yield the tokens per second of the tokenizer alone, of the stage, and of other tools."""
     with tempfile.TemporaryDirectory(prefix="capgap-corpus-") as name:
         folder = Path(name)
         write_lines(folder / "text", flags.speed_mb * 1_000_000)
@@ -99,7 +101,7 @@ def speed(flags: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 
 def opened(num_shards: int) -> dict[str, Any]:
-    """Seconds of the processor to open a manifest of so many shards, and to hold it against its seal."""
+    """Return the CPU seconds to open a manifest of that many shards, and to check it against its seal."""
     members = {
         "offset": [512, 8192, 16384, 24576],
         "num_bytes": [7000] * 4,
@@ -135,9 +137,9 @@ def opened(num_shards: int) -> dict[str, Any]:
 
 
 def make_corpus(text: str, tokenizer: str, num_workers: str, out: str) -> dict[str, Any]:
-    """Make a corpus in this process."""
+    """Make a corpus in this process, and return its tokens, seconds and peak memory."""
     corpus = {"sources": [f"{text}/*.jsonl"], "tokenizer": tokenizer, "workers": int(num_workers), "seq_len": 2048}
-    # so that two processes have more than one unit each
+    # the units are small enough that each of two processes has more than one
     size = sum(path.stat().st_size for path in Path(text).iterdir())
     corpus["unit_bytes"] = min(64 << 20, size // 8 + 1)
     run = RunFile.model_validate({"name": "measured", "out": out, "corpus": corpus})
@@ -150,7 +152,7 @@ def make_corpus(text: str, tokenizer: str, num_workers: str, out: str) -> dict[s
 
 
 def tokenize_alone(text: str, tokenizer: str) -> dict[str, Any]:
-    """The tokenizer on texts in memory."""
+    """Tokenize texts in memory, and return tokens and seconds."""
     backend = Tokenizer.from_file(f"{tokenizer}/tokenizer.json")
     texts = [document.text for document in read_documents((f"{text}/*.jsonl",), "text")]
     num_tokens = 0
@@ -162,13 +164,13 @@ def tokenize_alone(text: str, tokenizer: str) -> dict[str, Any]:
 
 
 def calling(function: str, *arguments: object) -> list[object]:
-    """A command that calls a function of this script, as no script: workers would import again what a script does."""
+    """Return a command that calls a function of this module, which must not run as a script: workers import scripts."""
     code = f"import json, corpus; print(json.dumps(corpus.{function}(*{[str(one) for one in arguments]})))"
     return [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); {code}"]
 
 
 def answer_of(command: list[object]) -> dict[str, Any]:
-    """The last line of a command, as JSON; what is wrong with it where it fails."""
+    """Run a command and return its last line, read as JSON; `failed` holds its last error line if it fails."""
     quiet = {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False, env=os.environ | quiet)
     if done.returncode:
@@ -178,7 +180,7 @@ def answer_of(command: list[object]) -> dict[str, Any]:
 
 
 def write_lines(folder: Path, num_bytes: int) -> None:
-    """Files of lines of JSON, of so many bytes together and of no text twice."""
+    """Write files of JSON lines with `num_bytes` bytes together, in which no text occurs twice."""
     folder.mkdir()
     texts = texts_of(num_bytes)
     for number in range(NUM_FILES):
@@ -189,7 +191,7 @@ def write_lines(folder: Path, num_bytes: int) -> None:
 
 
 def texts_of(num_bytes: int) -> Iterator[str]:
-    """A bit more than so many bytes of documents: the builtin text in pieces, again and again, each with a number."""
+    """Yield documents of more than `num_bytes` bytes together: pieces of the builtin text, repeated and numbered."""
     pieces = [
         document.text[start : start + DOCUMENT_CHARACTERS]
         for document in read_documents(("builtin:python",), "")
@@ -202,7 +204,7 @@ def texts_of(num_bytes: int) -> Iterator[str]:
 
 
 def word_tokenizer() -> PreTrainedTokenizerFast:
-    """A tokenizer of a few hundred words, to which all others are one."""
+    """Return a tokenizer of a few hundred words; it maps every other word to one token."""
     words = {word: None for text, _ in zip(texts_of(100_000), range(20), strict=False) for word in text.split()}
     vocab = {word: number for number, word in enumerate([END_OF_TEXT, "<unk>", *words])}
     backend = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))

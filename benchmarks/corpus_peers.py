@@ -1,9 +1,9 @@
-"""Other people's tokenisation of files of lines, for benchmarks/corpus.py, which starts this in a Python that has them.
+"""Tokenize JSON lines with other tools; benchmarks/corpus.py starts this script in a Python that has them.
 
 python benchmarks/corpus_peers.py datatrove TEXT TOKENIZER NUM_PROCESSES OUT
 python benchmarks/corpus_peers.py datasets TEXT TOKENIZER NUM_PROCESSES OUT
 
-Neither splits, drops repeated texts, packs, nor digests what it writes.
+Unlike the corpus stage, neither tool splits the text, drops repeated texts, packs, or digests what it writes.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 
 
 def main() -> None:
-    """Tokenize, and say how fast."""
+    """Tokenize the text with one tool, and print the number of tokens and the seconds as JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("peer", choices=["datatrove", "datasets"])
     parser.add_argument("text", type=Path)
@@ -31,7 +31,7 @@ def main() -> None:
 
 
 def through_datatrove(text: Path, tokenizer: Path, num_processes: int, out: Path) -> tuple[float, int]:
-    """Its reader of lines and its tokenizer, with ids in files of their own."""
+    """Tokenize with datatrove's reader and tokenizer, which write ids to files; return seconds and tokens."""
     from datatrove.executor import LocalPipelineExecutor
     from datatrove.pipeline.readers import JsonlReader
     from datatrove.pipeline.tokens import DocumentTokenizer
@@ -51,12 +51,12 @@ def through_datatrove(text: Path, tokenizer: Path, num_processes: int, out: Path
     began = time.perf_counter()
     executor.run()
     seconds = round(time.perf_counter() - began, 2)
-    # two bytes an id
+    # datatrove writes two bytes per id
     return seconds, sum(path.stat().st_size for path in out.rglob("*.ds")) // 2
 
 
 def through_datasets(text: Path, tokenizer: Path, num_processes: int, out: Path) -> tuple[float, int]:
-    """Its reader of lines and `map`, by the tokenizer of transformers, as its own documentation has it."""
+    """Tokenize with `map` of datasets and a tokenizer of transformers, as documented; return seconds and tokens."""
     from datasets import disable_progress_bars, load_dataset
     from transformers import AutoTokenizer
 

@@ -1,9 +1,9 @@
-"""What a corpus takes, by the size of its tokenizer: bytes of text a token, and bytes of disk a token.
+"""Bytes of text per token and bytes of disk per token of a corpus, for tokenizers of several sizes.
 
 python benchmarks/corpus_sizes.py                              tokenizers of 512, 4,096 and 32,768 entries
 python benchmarks/corpus_sizes.py --vocab-sizes 4096
 
-The text is the one that this Python carries, packed as in jobs/runs/demo.yaml.
+The text is the documentation that Python carries, packed as in jobs/runs/demo.yaml.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-# found beside this file also where Python is told not to look there: -P, PYTHONSAFEPATH
+# added here because Python with -P or PYTHONSAFEPATH does not search the folder of this script
 sys.path.insert(0, str(Path(__file__).parent))
 
 import yaml
@@ -29,14 +29,14 @@ DEMO = Path(__file__).parents[1] / "jobs" / "runs" / "demo.yaml"
 
 
 def main() -> None:
-    """Measure and keep."""
+    """Measure each size of vocabulary, and write the figures to results/."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--vocab-sizes", type=int, nargs="+", default=[512, 4096, 32768])
     print(keep("corpus-sizes", "cpu", [measure(size) for size in parser.parse_args().vocab_sizes]))
 
 
 def measure(vocab_size: int) -> dict[str, Any]:
-    """The demo's corpus with a tokenizer of that size."""
+    """Make the demo's corpus with a tokenizer of that size, and return its bytes per token."""
     settings = yaml.safe_load(DEMO.read_text())
     settings["corpus"]["vocab_size"] = vocab_size
     with tempfile.TemporaryDirectory(prefix="capgap-corpus-") as folder:

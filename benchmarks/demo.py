@@ -1,4 +1,4 @@
-"""The demo over several seeds: what distillation gains over cross-entropy alone, in paired runs.
+"""Run the demo over several seeds: what distillation gains over cross-entropy alone, in paired runs.
 
 python benchmarks/demo.py --seeds 3
 """
@@ -11,7 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-# found beside this file also where Python is told not to look there: -P, PYTHONSAFEPATH
+# added here because Python with -P or PYTHONSAFEPATH does not search the folder of this script
 sys.path.insert(0, str(Path(__file__).parent))
 
 from machine import keep
@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def main() -> None:
-    """Run the demo, print its table, keep its results and the seconds of each stage."""
+    """Run the demo, print its table, and write its results and the seconds of each stage to results/."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--out", default="runs/demo")

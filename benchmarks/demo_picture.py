@@ -1,8 +1,8 @@
-"""The picture of README: held-out losses of the demo's models, from the results that `benchmarks/demo.py` kept.
+"""The picture in README: held-out losses of the demo's models, from the results that `benchmarks/demo.py` kept.
 
 python benchmarks/demo_picture.py benchmarks/results/demo-3-seeds-amd-epyc.json docs/demo.svg
 
-The chart is the report's own.
+The chart is the same as in the report.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import json
 import sys
 from pathlib import Path
 
-# found beside this file also where Python is told not to look there: -P, PYTHONSAFEPATH
+# added here because Python with -P or PYTHONSAFEPATH does not search the folder of this script
 sys.path.insert(0, str(Path(__file__).parent))
 
 from standalone_svg import standalone
@@ -22,7 +22,7 @@ from capgap.schemas.results import EvalResults
 
 
 def main() -> None:
-    """Make the picture, and write the file."""
+    """Make the picture, and write it to the file."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("kept", type=Path, help="results of benchmarks/demo.py")
     parser.add_argument("out", type=Path, help="the SVG file")
@@ -32,7 +32,7 @@ def main() -> None:
 
 
 def picture(results: EvalResults) -> str:
-    """An SVG file that needs no page around it."""
+    """Return the chart as an SVG file that needs no page around it."""
     return standalone(str(loss_chart(results.models, results.arms).svg))
 
 

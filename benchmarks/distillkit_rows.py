@@ -1,7 +1,7 @@
-"""The same rows through DistillKit's own code, from a checkout of github.com/arcee-ai/DistillKit that the user names.
+"""Measure the same rows with DistillKit's own code, from a checkout of github.com/arcee-ai/DistillKit.
 
-It stores no tail: what its probabilities leave of 1 counts as one here, and a second KL reads its rows as its losses
-do by default, as distributions over the kept ids alone.
+DistillKit stores no tail. Here, 1 minus the sum of its probabilities is taken as the tail. A second KL reads its rows
+as its losses do by default, as distributions over the kept ids alone.
 
 Legend: N rows, K ids kept.
 """
@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-# found beside this file also where Python is told not to look there: -P, PYTHONSAFEPATH
+# added here because Python with -P or PYTHONSAFEPATH does not search the folder of this script
 sys.path.insert(0, str(Path(__file__).parent))
 
 import numpy as np
@@ -41,10 +41,10 @@ _SMALLEST_TAIL = 1e-6
 
 
 class DistillKit:
-    """Its code, imported from a checkout.
+    """DistillKit's code, imported from a checkout.
 
     Attributes:
-        commit: of the checkout.
+        commit: Short commit hash of the checkout.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -56,7 +56,7 @@ class DistillKit:
     def measure(
         self, targets: list[TopkTargets], student_NK: np.ndarray, vocab_size: int
     ) -> tuple[list[dict[str, Any]], dict[str, Callable[[], object]]]:
-        """An entry a configuration, with bytes and losses, and what to time, as `encode NAME` and `decode NAME`."""
+        """Return one entry per configuration, with bytes and losses, and the calls to time, named by their work."""
         entries, ways = [], {}
         for name, settings in CONFIGS.items():
             label = f"DistillKit {self.commit} {name}"
@@ -64,7 +64,7 @@ class DistillKit:
                 d=vocab_size, exact_dtype="bfloat16", residual_bins=[], delta_encoding=False, **settings
             )
             compressor = self._compression.LogprobCompressor(config)
-            # a sequence at a time: more rows at once would leave the processor's cache
+            # one sequence at a time, because more rows would not fit into the processor's cache
             kept = [_first(part, config.k) for t in targets for part in _sequences(t)]
             given = [(torch.from_numpy(t.ids_BLK.astype(np.int64)), torch.from_numpy(t.logprobs_BLK)) for t in kept]
             packed = [compressor.compress_from_sparse(*one) for one in given]
@@ -88,7 +88,7 @@ def _sequences(targets: TopkTargets) -> list[TopkTargets]:
 
 
 def _first(targets: TopkTargets, top_k: int) -> TopkTargets:
-    """The most probable of the kept ids; the others join the tail."""
+    """Keep the `top_k` most probable ids, and add the probability of the others to the tail."""
     rest_BL = np.exp(targets.logprobs_BLK[:, :, top_k:]).sum(axis=2)
     return TopkTargets(
         targets.ids_BLK[:, :, :top_k],
@@ -100,7 +100,7 @@ def _first(targets: TopkTargets, top_k: int) -> TopkTargets:
 
 
 def _as_targets(ids: torch.Tensor, logprobs: torch.Tensor, written: TopkTargets) -> TopkTargets:
-    """As written, in its order, which a sort may have changed among equals."""
+    """Return the decoded rows as targets, in the order of the ids that were written; DistillKit may reorder ids."""
     order = torch.argsort(ids, dim=-1)
     place = np.argsort(np.argsort(written.ids_BLK, axis=2), axis=2)
     same = np.take_along_axis(ids.gather(-1, order).numpy(), place, axis=2)
@@ -111,7 +111,7 @@ def _as_targets(ids: torch.Tensor, logprobs: torch.Tensor, written: TopkTargets)
 
 
 def _renormalised(written: list[TopkTargets], read: list[TopkTargets]) -> float:
-    """Mean KL over the kept ids alone, nats."""
+    """Return the mean KL, in nats, between the distributions over the kept ids alone."""
     p_NK, q_NK = (
         np.concatenate([np.exp(t.logprobs_BLK.astype(np.float64)).reshape(-1, t.ids_BLK.shape[2]) for t in of])
         for of in (written, read)

@@ -1,9 +1,9 @@
-"""DistillKit's own capture, packing and training, on given rows and without a network; benchmarks/peers.py calls it.
+"""Run DistillKit's own capture, packing and training on given rows, without a network; benchmarks/peers.py starts it.
 
-It runs where DistillKit's dependencies are and needs nothing of capgap. What is not DistillKit's own is said here: the
-rows are given as tokens in the place of a dataset's text, the training sees them in the order in which they are given,
-and each command prints its seconds as one line of JSON at the end. vLLM, which captures, and the releases of
-transformers and TRL that the training wants are seldom found in one environment, so that each has its own.
+This script needs DistillKit's dependencies and nothing of capgap. It changes DistillKit in three ways: the rows are
+given as tokens in place of a dataset's text, the training sees them in the given order, and each command ends by
+printing its seconds as one line of JSON. Capture and training may run in two environments, because vLLM and the
+releases of transformers and TRL that the training needs can seldom be installed together.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from typing import Any
 
 
 def main() -> None:
-    """Do it, and say how long it took."""
+    """Run one command, and print what it measured as JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("what", choices=["capture", "pack", "train"])
-    parser.add_argument("--distillkit", type=Path, required=True, help="a checkout")
+    parser.add_argument("--distillkit", type=Path, required=True, help="folder of a checkout of DistillKit")
     parser.add_argument("--rows", type=Path, help="Parquet whose input_ids are captured or give the order")
     parser.add_argument("--model", help="the teacher's folder")
-    parser.add_argument("--config", type=Path, help="of the compression, or of the training")
+    parser.add_argument("--config", type=Path, help="configuration of the compression or of the training")
     parser.add_argument("--captures", type=Path, help="what `capture` wrote")
     parser.add_argument("--length", type=int, help="tokens of a row")
     parser.add_argument("--out", type=Path, help="folder to write")
@@ -34,14 +34,14 @@ def main() -> None:
 
 
 def capture(flags: argparse.Namespace) -> dict[str, Any]:
-    """`distillkit.sample_logits_vllm` on the rows of a Parquet file."""
+    """Run `distillkit.sample_logits_vllm` on the rows of a Parquet file; return its bytes and seconds."""
     import datasets
     from distillkit import sample_logits_vllm
 
     rows = datasets.Dataset.from_parquet(str(flags.rows))
     sample_logits_vllm.load_preprocess_data = lambda **unused: rows
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # so that this process's seconds are all of them
-    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # OMP_NUM_THREADS says how many
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # all work is done and timed in this process
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # OMP_NUM_THREADS sets the number of threads
     whole, after_start = Clock(), Clock()
     make = sample_logits_vllm.vllm.LLM
 
@@ -52,7 +52,7 @@ def capture(flags: argparse.Namespace) -> dict[str, Any]:
 
     sample_logits_vllm.vllm.LLM = engine
     arguments = {"model": flags.model, "dataset": "rows", "output": str(flags.out), "dtype": "bfloat16"}
-    # on a CPU that is a share of its memory, and the default the most of it
+    # on a CPU this is a share of main memory, most of which the default would take
     arguments |= {"gpu-memory-utilization": "0.2"}
     arguments |= {"compression-config": str(flags.config), "max-model-len": str(flags.length + 8)}
     whole.start()
@@ -64,7 +64,7 @@ def capture(flags: argparse.Namespace) -> dict[str, Any]:
 
 
 def pack(flags: argparse.Namespace) -> dict[str, Any]:
-    """`distillkit.pack_logits` on the captures; then its rows in the order of `--rows`."""
+    """Run `distillkit.pack_logits` on the captures, and put its rows into the order of `--rows`."""
     import datasets
     from distillkit.pack_logits import iterative_packing
 
@@ -77,7 +77,7 @@ def pack(flags: argparse.Namespace) -> dict[str, Any]:
 
 
 def train(flags: argparse.Namespace) -> dict[str, Any]:
-    """`distillkit.main.do_distill` with its own trainer and losses."""
+    """Run `distillkit.main.do_distill` with its own trainer and losses; return the seconds of the training."""
     import torch
     import yaml
     from distillkit import main as distillkit
@@ -100,14 +100,14 @@ def train(flags: argparse.Namespace) -> dict[str, Any]:
 
 
 class Clock:
-    """Wall and CPU seconds of this process."""
+    """Measures wall and CPU seconds of this process."""
 
     def start(self) -> None:
-        """From here on."""
+        """Begin to measure."""
         self._wall, self._cpu = time.perf_counter(), time.process_time()
 
     def seconds(self) -> dict[str, float]:
-        """Up to now."""
+        """Return the seconds since `start`."""
         wall_s, cpu_s = time.perf_counter() - self._wall, time.process_time() - self._cpu
         return {"wall_s": round(wall_s, 1), "cpu_s": round(cpu_s, 1)}
 

@@ -1,9 +1,10 @@
-"""What simple models would take for the same ids and values: bytes a token; half of the sequences tell of the other.
+"""Bytes per token that simple models would take for the same ids and values.
 
-    ids      any K of V alike; independent samples by how often an id is listed; the same, without those already listed
-    values   the stored numbers by themselves, each rank with a distribution of its own
+    ids      uniform over all sets of K of V ids; independent samples from ids' frequencies; the same without repeats
+    values   the stored numbers by their frequencies, with a distribution of its own for each rank
 
-Ids of equal count have no order of their own in `sampled`: what naming one would take is subtracted.
+Frequencies for one half of the sequences are counted in the other half. In `sampled`, the order of ids with equal
+counts carries no information, so the bits that would encode it are subtracted.
 
 Legend: N rows, K ids of the widest row, V vocabulary.
 """
@@ -23,7 +24,7 @@ _LOG_FACTORIAL = np.array([math.lgamma(n + 1) / math.log(2) for n in range(1 << 
 
 
 def bounds(found: list[Targets], profile: str | None, vocab_size: int) -> dict[str, float | None]:
-    """Bytes a token of targets as they were read; `profile` of topk, None for sampled."""
+    """Return the models' bytes per token for these targets; `profile` is that of `topk`, or None for `sampled`."""
     parts = [_of_sampled(t) if isinstance(t, SampledTargets) else _of_topk(t, profile) for t in found]
     ids_NK = _stacked([ids_NK for ids_NK, _, _ in parts])
     orders_N = np.concatenate([orders_N for _, _, orders_N in parts])
@@ -33,7 +34,7 @@ def bounds(found: list[Targets], profile: str | None, vocab_size: int) -> dict[s
     unigram, excluding = _unigram(ids_NK, is_odd_N, vocab_size)
     columns = [_stacked(list(of)) for of in zip(*(columns for _, columns, _ in parts), strict=True)]
     order = float(orders_N.mean())
-    # which K of V there are, and in topk in which order
+    # the uniform model encodes which K of V ids are kept and, for topk, their order
     listed = float(_LOG_FACTORIAL[sizes_N].mean()) - order if profile else 0.0
     values = None if profile == "lossless" else sum(_order_0(column, is_odd_N) for column in columns)
     return {
@@ -48,7 +49,7 @@ _Part = tuple[np.ndarray, list[np.ndarray], np.ndarray]
 
 
 def _of_topk(targets: TopkTargets, profile: str | None) -> _Part:
-    """Ids, columns of stored numbers, and bits of the order among equals; -1 is no entry."""
+    """Return ids, columns of stored numbers, and bits of the order among equal counts; -1 stands for no entry."""
     logprobs_NK = targets.logprobs_BLK.reshape(-1, targets.ids_BLK.shape[2])
     is_id_NK = np.isfinite(logprobs_NK)
     quantiser: Any = _FINE if profile == "near-lossless" else _COARSE
@@ -68,18 +69,18 @@ def _of_sampled(targets: SampledTargets) -> _Part:
     orders_N = np.zeros(len(sizes_N))
     for count in range(1, int(counts_NK.max()) + 1):
         orders_N += _LOG_FACTORIAL[(counts_NK == count).sum(axis=1)]
-    # the ids sampled once are what is left of the samples: the first 1 says so, and the others nothing
+    # after the first count of 1 all further counts are 1, so only the first one carries information
     first_1_NK = (counts_NK == 1) & (np.cumsum(counts_NK == 1, axis=1) == 1)
     return ids_NK, [np.where((counts_NK > 1) | first_1_NK, counts_NK, -1)], orders_N
 
 
 def _unigram(ids_NK: np.ndarray, is_odd_N: np.ndarray, vocab_size: int) -> tuple[float, float]:
-    """Bits a row of independent samples, and of samples without those listed before."""
+    """Return bits per row for independent samples, and for samples that exclude the ids listed before in the row."""
     plain = excluding = 0.0
     for half in (is_odd_N, ~is_odd_N):
         told = ids_NK[~half]
         counts_V = np.bincount(told[told >= 0], minlength=vocab_size) + 0.5
-        p_V = np.append(counts_V / counts_V.sum(), 1.0)  # what is no entry costs nothing
+        p_V = np.append(counts_V / counts_V.sum(), 1.0)  # id -1 (no entry) has probability 1 and costs nothing
         ids = ids_NK[half]
         p_NK = p_V[ids]
         listed_NK = np.where(ids >= 0, p_NK, 0)
@@ -91,7 +92,7 @@ def _unigram(ids_NK: np.ndarray, is_odd_N: np.ndarray, vocab_size: int) -> tuple
 
 
 def _order_0(numbers_NK: np.ndarray, is_odd_N: np.ndarray) -> float:
-    """Bits a row, each column by its distribution in the other half; the numbers that it lacks by all columns'."""
+    """Return bits per row, with each column's distribution from the other half, smoothed by that of all columns."""
     bits, size = 0.0, int(numbers_NK.max()) + 1
     for half in (is_odd_N, ~is_odd_N):
         told = numbers_NK[~half]
@@ -106,6 +107,6 @@ def _order_0(numbers_NK: np.ndarray, is_odd_N: np.ndarray) -> float:
 
 
 def _stacked(parts: list[np.ndarray]) -> np.ndarray:
-    """One below the other, -1 where a row is shorter than the widest."""
+    """Stack the parts, with -1 where a row is shorter than the widest."""
     widest = max(part.shape[1] for part in parts)
     return np.concatenate([np.pad(part, ((0, 0), (0, widest - part.shape[1])), constant_values=-1) for part in parts])

@@ -1,12 +1,12 @@
-"""Sampled ids and counts through an entropy coder, beside what a cache stores: bytes a token, and how fast they decode.
+"""Compare an entropy coder for sampled ids and counts with what a cache stores: bytes per token, and speed of decoding.
 
-python benchmarks/entropy_coder.py --cache runs/demo/cache     of a finished cache that holds samples
+python benchmarks/entropy_coder.py --cache runs/demo/cache     needs a finished cache that holds samples
 
-The coder is constriction's range coder (`pip install constriction`). Half of the cache's sequences tell the
-distributions by which the other half is coded. A row's ids are a set, so they are coded by rising rank: the octave of
-the rank, cut into quarters, by that of the rank before it, and where in there it lies evenly; the counts by how many
-ids the row has and by the octave of the rank. All rows of a member are coded one place after the other, so that a call
-of the coder has many symbols of one distribution.
+The coder is constriction's range coder (`pip install constriction`). Distributions are estimated on half of the cache's
+members, and the other half is coded with them. A row's ids are a set, so they are coded by rising rank. A quarter of an
+octave of ranks is a kind: each id's kind is coded given the kind before it, and its place within the kind uniformly.
+Counts are coded given the rank's octave and the row's number of ids. All rows of a member are coded together, first id
+by first id, then second by second, so that one call of the coder has many symbols with one distribution.
 
 Legend: N rows, K ids of the widest row, k a place among them, D ids of all rows.
 """
@@ -21,7 +21,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-# found beside this file also where Python is told not to look there: -P, PYTHONSAFEPATH
+# added here because Python with -P or PYTHONSAFEPATH does not search the folder of this script
 sys.path.insert(0, str(Path(__file__).parent))
 
 import numpy as np
@@ -35,19 +35,21 @@ from capgap.pipeline.store import ShardReader, keep_freed_memory
 from capgap.schemas.records import SampledTargets
 
 _QUARTERS = 4
-_NUM_KINDS = 24 * _QUARTERS  # of ranks below 2^24
-_MOST_OCTAVES = 8  # of ids that tell of a count
-_WIDTHS = (4, 8, 16, 32, 1 << 24)  # of rows that tell of a count
+_NUM_KINDS = 24 * _QUARTERS  # kinds of ranks below 2^24
+_MOST_OCTAVES = 8  # classes of two octaves of ranks, for the distributions of counts
+_WIDTHS = (4, 8, 16, 32, 1 << 24)  # classes of a row's number of ids, for the distributions of counts
 
-Array = Any  # NumPy's, of whole numbers
+Array = Any  # a NumPy array of integers
 
 
 def main() -> None:
-    """Measure, print, keep."""
+    """Measure, print the figures, and write them to the results."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cache", type=Path, default=Path("runs/demo/cache"), help="a finished stage's folder")
-    parser.add_argument("--name", default="demo", help="in the results")
-    parser.add_argument("--members", type=int, default=4, help="of the cache, every second one to be coded")
+    parser.add_argument("--name", default="demo", help="name of the cache in the results")
+    parser.add_argument(
+        "--members", type=int, default=4, help="members of the cache that are read; every second one is coded"
+    )
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder for the figures")
     flags = parser.parse_args()
@@ -63,7 +65,7 @@ def main() -> None:
 
 
 def measure(reader: ShardReader, num_members: int, repeats: int) -> dict[str, Any]:
-    """Bytes a token and tokens a second, of the coder and of the cache as it is."""
+    """Return bytes per token and decoded tokens per CPU second, for the coder and for the cache's own codec."""
     places = [
         (shard, member)
         for shard, entry in enumerate(reader.shard_set.shards)
@@ -93,7 +95,7 @@ def measure(reader: ShardReader, num_members: int, repeats: int) -> dict[str, An
             repeats,
         ),
         "coder_ns_per_symbol": coder.symbol_ns(repeats),
-        # the whole member, tokens, labels and checks too
+        # this decodes the whole member, with its tokens, label logprobs and checks
         "stored_decode_tokens_per_cpu_s": _speed(
             lambda: [reader.codec.decode(_data(reader, place), "here") for place in stored], num_tokens, repeats
         ),
@@ -101,12 +103,12 @@ def measure(reader: ShardReader, num_members: int, repeats: int) -> dict[str, An
 
 
 class Rows:
-    """Ranks and counts of rows, by rising rank.
+    """Ranks and counts of the ids of all rows, by rising rank within a row.
 
     Attributes:
-        sizes_N: ids of each row.
-        ranks_D: of all rows, one after the other.
-        counts_D: how often each was sampled.
+        sizes_N: Number of ids of each row.
+        ranks_D: Ranks of all rows' ids, row after row.
+        counts_D: How often each id was sampled.
     """
 
     def __init__(self, sizes_N: Array, ranks_D: Array, counts_D: Array) -> None:
@@ -114,7 +116,7 @@ class Rows:
 
     @classmethod
     def of(cls, targets: SampledTargets, reader: ShardReader) -> Rows:
-        """As a cache has them, sorted anew."""
+        """Return the rows of a cache's targets, with each row sorted by rank."""
         assert reader.codec.ranking is not None
         sizes_N = targets.num_ids_BL.ravel().astype(np.int64)
         ranks_D = reader.codec.ranking.ranks_V[targets.ids_D].astype(np.int64)
@@ -130,7 +132,7 @@ class Rows:
 
 
 class Coder:
-    """Codes and decodes rows by the distributions of others."""
+    """Encodes and decodes rows, with distributions that are estimated on other rows."""
 
     def __init__(self, told: list[Rows], num_samples: int) -> None:
         self._model = _stream().model
@@ -155,7 +157,7 @@ class Coder:
         ]
 
     def encode(self, rows: Rows) -> dict[str, Array]:
-        """Words of 32 bits, by what they hold."""
+        """Return the coded sizes, kinds, places within kinds, and counts, each as 32-bit words."""
         kinds_D = _kind_of(rows.ranks_D)
         parts = {"sizes": _Encoder(), "kinds": _Encoder(), "within": _Encoder(), "counts": _Encoder()}
         parts["sizes"].add(rows.sizes_N, self._sizes)
@@ -174,14 +176,14 @@ class Coder:
         return {name: one.words() for name, one in parts.items()}
 
     def decode(self, words: dict[str, Array], num_rows: int) -> Rows:
-        """The rows again."""
+        """Return the rows that `encode` was given."""
         parts = {name: _stream().queue.RangeDecoder(one) for name, one in words.items()}
         sizes_N = parts["sizes"].decode(self._sizes, num_rows).astype(np.int64)
         num_ids = int(sizes_N.sum())
         kinds_D, before_D = np.zeros(num_ids, np.int64), np.full(num_ids + 1, _NUM_KINDS, np.int64)
         for place, chosen_D in enumerate(_by_place(sizes_N)):
             before = kinds_D[chosen_D - 1] if place else before_D[chosen_D]
-            # the rows of one context stand together, in their own order
+            # the encoder coded the rows context by context, in the order of the rows
             order = np.argsort(before, kind="stable")
             contexts, starts = np.unique(before[order], return_index=True)
             drawn = [
@@ -206,7 +208,7 @@ class Coder:
         return rows
 
     def symbol_ns(self, repeats: int) -> float:
-        """CPU nanoseconds that a symbol takes where one call has a hundred thousand of one distribution."""
+        """Return the CPU nanoseconds per symbol where one call decodes 100,000 symbols of one distribution."""
         model = self._kinds[_NUM_KINDS]
         encoder = _stream().queue.RangeEncoder()
         encoder.encode(np.tile(np.arange(10, dtype=np.int32), 10_000), model)
@@ -236,40 +238,40 @@ class _Encoder:
 
 
 def _stream() -> Any:
-    import constriction  # where it is installed only; its parts are no modules to be imported
+    import constriction  # an optional package, whose submodules cannot be imported by name
 
     return constriction.stream
 
 
 def _kind_of(ranks_D: Array) -> Array:
-    """Octave and quarter of rank + 1; the first ranks, of which an octave has fewer than 4, are kinds of their own."""
+    """Return each rank's kind: the quarter of the octave of rank + 1; the lowest ranks are kinds of their own."""
     above_D = ranks_D + 1
     octaves_D = np.frexp(above_D.astype(np.float64))[1] - 1
     return octaves_D * _QUARTERS + (above_D * _QUARTERS >> octaves_D) - _QUARTERS
 
 
 def _span(kind: int) -> tuple[int, int]:
-    """The least rank of a kind, and how many there are."""
+    """Return the lowest rank of a kind, and its number of ranks."""
     octave, quarter = divmod(int(kind), _QUARTERS)
     low, high = (-(-(_QUARTERS + one << octave) // _QUARTERS) for one in (quarter, quarter + 1))
     return low - 1, high - low
 
 
 def _before(kinds_D: Array, sizes_N: Array) -> Array:
-    """The kind of the id before each in its row; a number of its own for the first."""
+    """Return the kind of each id's predecessor in its row; `_NUM_KINDS` for a row's first id."""
     before_D = np.concatenate([[_NUM_KINDS], kinds_D[:-1]])
     before_D[np.cumsum(sizes_N)[:-1]] = _NUM_KINDS
     return before_D
 
 
 def _by_place(sizes_N: Array) -> list[Array]:
-    """Where the first ids of all rows stand, the second ones, and so on."""
+    """Return the indices of all rows' first ids, then of their second ids, and so on."""
     starts_N = np.cumsum(sizes_N) - sizes_N
     return [starts_N[sizes_N > k] + k for k in range(int(sizes_N.max()))]
 
 
 def _counted_as(rows: Rows) -> Array:
-    """What tells of a count: the octave of the rank, and how wide the row is."""
+    """Return each id's context for coding its count: a class of its rank and a class of its row's number of ids."""
     octaves_D = np.minimum(_kind_of(rows.ranks_D) // _QUARTERS // 2, _MOST_OCTAVES - 1)
     return octaves_D * len(_WIDTHS) + np.repeat(np.searchsorted(_WIDTHS, rows.sizes_N), rows.sizes_N)
 
@@ -289,13 +291,13 @@ def _data(reader: ShardReader, place: tuple[int, int]) -> bytes:
 
 
 def _stored_bytes(reader: ShardReader, place: tuple[int, int]) -> int:
-    """Of the ids and counts of a member, each column compressed alone."""
+    """Return the bytes of a member's ids and counts, each column compressed alone."""
     parts = parts_of(_data(reader, place))
     return parts["ids"] + parts["values"]
 
 
 def _speed(way: Callable[[], object], num_tokens: int, repeats: int) -> int:
-    """Tokens a CPU-second of the fastest repeat; the first one is not counted."""
+    """Return the tokens per CPU second of the fastest repeat, after one warm-up that is not counted."""
     taken = []
     for _ in range(repeats + 1):
         started = time.process_time()

@@ -1,10 +1,10 @@
-"""Losses that capgap does not have, tried on the models and caches of benchmarks/quality.py: a line of results each.
+"""Try losses that capgap does not have on the models and caches of benchmarks/quality.py, with a line of results each.
 
 python benchmarks/estimators.py --run smol
 
-Everything but the loss is that of the arm with which each is paired, whose line benchmarks/quality.py keeps.
+Each loss is paired with an arm of benchmarks/quality.py, which keeps that arm's line; all else is the same as there.
 
-Legend: N rows, H hidden, V vocabulary, K top-k tokens, B sequences, C the top-k tokens and the rest as one.
+Legend: N rows, L targets, H hidden, V vocabulary, K top-k tokens, B sequences, C the top-k tokens and the rest as one.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-# found beside this file also where Python is told not to look there: -P, PYTHONSAFEPATH
+# added here because Python with -P or PYTHONSAFEPATH does not search the folder of this script
 sys.path.insert(0, str(Path(__file__).parent))
 
 import torch
@@ -35,20 +35,20 @@ from capgap.pipeline.train.online import HeadWeights, OnlineModule, full_diverge
 
 
 def main() -> None:
-    """Train what is not in the results."""
+    """Run the trainings that the results lack."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--run", choices=list(RUNS), default="smol", help="whose models and text are taken")
+    parser.add_argument("--run", choices=list(RUNS), default="smol", help="the run whose models and text are used")
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS), metavar="NAME")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--only-seed", type=int, help="of them this one alone: a process each may share the work")
-    parser.add_argument("--work", type=Path, help="as for benchmarks/quality.py, whose caches are taken")
+    parser.add_argument("--only-seed", type=int, help="train this seed only, so that several processes share the work")
+    parser.add_argument("--work", type=Path, help="work folder of benchmarks/quality.py, whose caches are used")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder for the lines")
-    parser.add_argument("--smoke", action="store_true", help="at the smallest size, to see that it works")
+    parser.add_argument("--smoke", action="store_true", help="run at the smallest size, to check that everything works")
     flags = parser.parse_args()
     bench = begun_bench(flags.work, flags.run, flags.smoke)
     results = Results(flags.results / f"estimators-{flags.run}.jsonl")
     with bench.teacher_on_heldout() as heldout:
-        # every seed of one loss before the next one is begun
+        # all seeds of one loss come before the next loss
         for name, seed in itertools.product(flags.arms, range(flags.seeds)):
             if flags.only_seed in (None, seed) and not results.has(name, seed, bench.about):
                 module, paired = ARMS[name]
@@ -60,7 +60,7 @@ def main() -> None:
 
 @contextmanager
 def trained_by(module: type[DistillationModule]) -> Iterator[None]:
-    """Trainings within have this module in the place of the product's with the same arguments."""
+    """Within the context, trainings use this module instead of capgap's module with the same arguments."""
     replaced = "OnlineModule" if issubclass(module, OnlineModule) else "DistillationModule"
     own = getattr(fit_of_product, replaced)
     setattr(fit_of_product, replaced, module)
@@ -71,10 +71,10 @@ def trained_by(module: type[DistillationModule]) -> Iterator[None]:
 
 
 class StudentEntropy(DistillationModule):
-    """Each row counts by the entropy of the student's own distribution, as it is at that step."""
+    """Weights each row by the entropy of the student's own distribution at the current step."""
 
     def _loss_of(self, hidden_BLH: Tensor, batch: Batch, alpha: float) -> SparseKl:
-        """As there, with these weights in training."""
+        """Return the usual loss, with rows weighted by entropy in training."""
         if not self.training:
             return super()._loss_of(hidden_BLH, batch, alpha)
         student = self._head.inputs(hidden_BLH)
@@ -89,34 +89,36 @@ class StudentEntropy(DistillationModule):
 
     @staticmethod
     def entropies(logits_NV: Tensor) -> Tensor:
-        """Of each row, nats."""
+        """Return the entropy of each row, in nats [N]."""
         return torch.special.entr(torch.softmax(logits_NV, -1)).sum(-1)
 
     @staticmethod
     def weights(entropies_N: Tensor) -> Tensor:
-        """What a row counts."""
+        """Return the weight of each row [N]."""
         return entropies_N
 
 
 class HighestStudentEntropy(StudentEntropy):
-    """The fifth of the rows with the highest entropy counts alone, as in SE-KD (arXiv 2602.01395)."""
+    """Only counts the fifth of the rows with the highest entropy, as in SE-KD (arXiv 2602.01395)."""
 
     @staticmethod
     def weights(entropies_N: Tensor) -> Tensor:
-        """1 or 0."""
+        """Return a weight of 1 for the highest fifth of entropies, and 0 for the others."""
         return (entropies_N >= entropies_N.quantile(0.8)).to(entropies_N.dtype)
 
 
 class TailAware(OnlineModule):
-    """The divergence of arXiv 2602.20816: KL = KL1 + a KL2, with beta over the sequence's mean a as KL2's factor.
+    """The divergence of arXiv 2602.20816, which reweights the second term of KL = KL1 + a KL2.
 
-    KL1 is over the K top-k tokens and the rest as one, a the teacher's rest, KL2 between both rests, made to sum to 1.
+    KL1 takes the top-k tokens and all others as one; a is the teacher's probability of all others; KL2 is the
+    divergence between the renormalised distributions over all others. The factor beta / (mean of a over the sequence)
+    weights a KL2.
     """
 
     top_k, beta = 10, 2.0
 
     def _loss_of(self, hidden_BLH: Tensor, batch: Batch, alpha: float) -> SparseKl:
-        """As there; the cross-entropy has no part in it."""
+        """Return the tail-aware loss in training, without cross-entropy, and the usual loss otherwise."""
         if not self.training:
             return super()._loss_of(hidden_BLH, batch, alpha)
         logq_NV = torch.log_softmax(_logits(self._head.inputs(hidden_BLH), self._vocab_size), -1)
@@ -128,7 +130,7 @@ class TailAware(OnlineModule):
 
 
 def tail_aware(logp_NV: Tensor, logq_NV: Tensor, num_sequences: int, top_k: int, beta: float) -> Tensor:
-    """The loss of each row; a KL where beta is each sequence's mean of the teacher's rest."""
+    """Return the loss of each row [N], in nats; it is the KL where beta equals the sequence's mean of a."""
     ids_NK = logp_NV.topk(top_k, dim=-1).indices
     logp_NC, logq_NC = (_with_rest(one_NV, ids_NK) for one_NV in (logp_NV, logq_NV))
     first_N = full_divergence(logp_NC, logq_NC, "forward_kl", 0.5)
@@ -138,7 +140,7 @@ def tail_aware(logp_NV: Tensor, logq_NV: Tensor, num_sequences: int, top_k: int,
 
 
 def _with_rest(logs_NV: Tensor, ids_NK: Tensor) -> Tensor:
-    """The logprobs of these tokens, and that of all others together in the last column."""
+    """Return the logprobs of these tokens, and the logprob of all others together in the last column [N, C]."""
     others_NV = logs_NV.scatter(1, ids_NK, float("-inf"))
     return torch.cat([logs_NV.gather(1, ids_NK), others_NV.logsumexp(-1, keepdim=True)], 1)
 
@@ -148,7 +150,7 @@ def _logits(student: dict[str, Tensor], vocab_size: int) -> Tensor:
     return head.logits(student["hidden_NH"], vocab_size)
 
 
-# By name, the module, and the arm that is the same but for it.
+# By name: the module, and the arm that it is paired with.
 ARMS: dict[str, tuple[type[DistillationModule], str]] = {
     "sampled, n = 50, student entropy": (StudentEntropy, "sampled, n = 50, systematic"),
     "online, tail-aware": (TailAware, ONLINE),

@@ -1,6 +1,6 @@
-"""What a stored distribution lost: KL to the original, and what the student's gradient misses.
+"""How much a stored distribution lost: KL to the original, and the error of the student's gradient.
 
-Legend: B sequences, L targets a sequence, K ids kept, N rows, W = K + 1: the kept ids and the tail.
+Legend: B sequences, L targets per sequence, K ids kept, N rows, W = K + 1: the kept ids and the tail.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from capgap.schemas.records import TopkTargets
 
 
 def fidelity(written: list[TopkTargets], found: list[TopkTargets], student_NK: np.ndarray) -> dict[str, float]:
-    """Means over all rows.
+    """Return means over all rows: KL in nats, the gradient's relative error, and the number of kept ids.
 
     Args:
-        written: what was given to the codec.
-        found: what it gave back.
-        student_NK: a student's logprobs of the ids that were written.
+        written: Targets that were given to the codec.
+        found: Targets that the codec decoded.
+        student_NK: A student's logprobs of the ids that were written.
     """
     p_NW, start = np.concatenate([_distribution(targets) for targets in written]), 0
     student_NW = _with_rest(np.exp(student_NK.astype(np.float64)))
@@ -46,7 +46,7 @@ def fidelity(written: list[TopkTargets], found: list[TopkTargets], student_NK: n
 
 
 def _distribution(targets: TopkTargets) -> np.ndarray:
-    """[N, W], made to sum to 1."""
+    """Return the probabilities of the kept ids and the tail, normalised to sum to 1 [N, W]."""
     kept_NK = np.exp(targets.logprobs_BLK.astype(np.float64)).reshape(-1, targets.ids_BLK.shape[2])
     p_NW = np.concatenate([kept_NK, targets.tail_BL.reshape(-1, 1)], axis=1)
     return p_NW / p_NW.sum(axis=1, keepdims=True)
@@ -58,7 +58,7 @@ def _with_rest(kept_NK: np.ndarray) -> np.ndarray:
 
 
 def _coarse(p_NW: np.ndarray, kept_NW: np.ndarray) -> np.ndarray:
-    """The ids that were dropped are added to the tail."""
+    """Add the probability of the ids that were dropped to the tail."""
     coarse_NW = np.where(kept_NW, p_NW, 0)
     coarse_NW[:, -1] += np.where(kept_NW, 0, p_NW).sum(axis=1)
     return coarse_NW

@@ -1,13 +1,15 @@
-"""What a recording adds to the variance of the student's gradient, beside what the choice of a batch has already.
+"""How much variance a recording adds to the student's gradient, compared with the variance between batches.
 
 python benchmarks/gradient_variance.py --run smol      on the models of benchmarks/quality.py, and with its caches
-python benchmarks/gradient_variance.py --smoke         the same at the smallest size, to see that it works
+python benchmarks/gradient_variance.py --smoke         the same at the smallest size, to check that it works
 
-Nothing is trained: for the student as it is before its first step, and each of its first batches, the gradient of every
-recording is held against that of the teacher's whole distributions on the same batch. The mean of those differences is
-the recording's bias, their spread the variance that it adds; both are given as shares of the variance that the
-gradient of the whole distributions has from batch to batch. Where benchmarks/quality.py has trained, its share of the
-gain in KL stands beside them, and the rank correlation between the two.
+Nothing is trained. For the untrained student and each of its first batches, the gradient from every recording is
+compared with the gradient from the teacher's whole distributions on the same batch. The mean of the differences is the
+recording's bias, and their spread is the variance that it adds. Both are given as shares of the variance between
+batches of the gradient from the whole distributions. Where benchmarks/quality.py has trained with a recording, its
+share of the gain in KL is added, with the rank correlation between error and gain.
+
+Legend: P parameters.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-# found beside this file also where Python is told not to look there: -P, PYTHONSAFEPATH
+# added here because Python with -P or PYTHONSAFEPATH does not search the folder of this script
 sys.path.insert(0, str(Path(__file__).parent))
 
 import torch
@@ -37,14 +39,16 @@ from capgap.pipeline.train.online import OnlineModule
 
 
 def main() -> None:
-    """Measure, print, keep."""
+    """Measure, print the figures, and write them to the results."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--run", choices=list(RUNS), default="demo")
     parser.add_argument("--batches", type=int, default=16)
-    parser.add_argument("--arms", nargs="+", metavar="NAME", help="recordings; default: those the goal is about")
-    parser.add_argument("--work", type=Path, help="as for benchmarks/quality.py, whose caches are taken")
+    parser.add_argument(
+        "--arms", nargs="+", metavar="NAME", help="recordings; default: those that the project's goal compares"
+    )
+    parser.add_argument("--work", type=Path, help="work folder of benchmarks/quality.py, whose caches are used")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder for the figures")
-    parser.add_argument("--smoke", action="store_true", help="at the smallest size, to see that it works")
+    parser.add_argument("--smoke", action="store_true", help="run at the smallest size, to check that everything works")
     flags = parser.parse_args()
     bench = begun_bench(flags.work, flags.run, flags.smoke)
     lines = Results(flags.results / f"quality-{flags.run}.jsonl").lines
@@ -60,13 +64,13 @@ def main() -> None:
 
 
 def chosen(names: list[str] | None) -> list[Arm]:
-    """The arms of these names, or those that come first in the table, and online distillation."""
+    """Return the arms of these names (by default the first ones of the table), and online distillation."""
     first = [arm.name for arm in arms()[:NUM_FIRST]]
     return [arm for arm in arms() if arm.alpha == 1 and (arm.online or arm.name in (names or first))]
 
 
 def measure(bench: Bench, arms_tried: list[Arm], num_batches: int) -> dict[str, Any]:
-    """The shares of every recording, in the variance of one batch's gradient."""
+    """Return every recording's added variance, bias and error, as shares of the variance of one batch's gradient."""
     student = bench.student(0)
     whole = Gradients(bench, student, next(arm for arm in arms_tried if arm.online))
     recordings = {arm.name: Gradients(bench, student, arm) for arm in arms_tried if not arm.online}
@@ -97,7 +101,7 @@ def measure(bench: Bench, arms_tried: list[Arm], num_batches: int) -> dict[str, 
 
 
 class Gradients:
-    """The gradients of the untrained student on one batch after the other, as one vector each [P]."""
+    """Computes the untrained student's gradient on one batch after another, as a vector [P]."""
 
     def __init__(self, bench: Bench, student: PreTrainedModel, arm: Arm) -> None:
         reader, settings = bench.reader(arm), bench.settings
@@ -109,7 +113,7 @@ class Gradients:
         self._batches = iter(SequenceLoader(reader, LoaderSettings(settings.batch_sequences, 0)))
 
     def next(self) -> torch.Tensor:
-        """That of the next batch; the order of batches is that of every other recording's."""
+        """Return the gradient of the next batch; all recordings see the batches in the same order."""
         self._module.model.zero_grad()
         self._module.loss(next(self._batches), 1.0).loss.backward()
         return torch.cat([one.grad.flatten() for one in self._module.model.parameters() if one.grad is not None])
@@ -117,31 +121,31 @@ class Gradients:
 
 @dataclass
 class Differences:
-    """Sums over vectors, in which nothing but one of them is kept."""
+    """Moments of a series of vectors, from running sums: the vectors themselves are not kept."""
 
     number: int = 0
     sum_P: torch.Tensor | None = None
     sum_of_squares: float = 0.0
 
     def add(self, vector_P: torch.Tensor) -> None:
-        """Take one."""
+        """Add one vector."""
         self.number += 1
         self.sum_P = vector_P.clone() if self.sum_P is None else self.sum_P.add_(vector_P)
         self.sum_of_squares += float(vector_P.double().square().sum())
 
     @property
     def mean_square(self) -> float:
-        """Mean squared length."""
+        """Mean squared length of the vectors."""
         return self.sum_of_squares / self.number
 
     @property
     def variance(self) -> float:
-        """Mean squared distance from the mean, as far as so few tell."""
+        """Unbiased estimate of the mean squared distance from the mean."""
         return (self.mean_square - self._squared_length_of_mean) * self.number / (self.number - 1)
 
     @property
     def squared_mean(self) -> float:
-        """Squared length of the mean, without what chance adds to it; it may come out below 0."""
+        """Unbiased estimate of the squared length of the mean; it may be below 0."""
         return self._squared_length_of_mean - self.variance / self.number
 
     @property
@@ -151,7 +155,7 @@ class Differences:
 
 
 def _rank_correlation(pairs: list[tuple[float, float]]) -> float | None:
-    """Spearman's."""
+    """Return Spearman's rank correlation; None for fewer than three pairs."""
     if len(pairs) < 3:
         return None
     ranks = [[sorted(column).index(value) for value in column] for column in zip(*pairs, strict=True)]

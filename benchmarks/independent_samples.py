@@ -1,7 +1,7 @@
-"""Samples that are independent of one another, as shards: what a cache's systematic samples are held against.
+"""Shards of independent samples, with which a cache's systematic samples are compared.
 
-No recording of capgap's: the store's own proof of alignment holds for systematic samples alone, whose counts lie within
-one of n p, and so these shards are read without it.
+This is no recording of capgap. The store's check of alignment only holds for systematic samples, whose counts are
+within one of n p, so these shards are read without it.
 
 Legend: B sequences, L targets, N = B x L rows, n samples, V vocabulary.
 """
@@ -22,10 +22,10 @@ from capgap.schemas.records import SampledTargets, Sequences, Targets
 
 
 class IndependentReader(ShardReader):
-    """Reads such shards."""
+    """Reads shards of independent samples."""
 
     def read_member(self, shard: int, member: int) -> tuple[Sequences, Targets | None]:
-        """As there, checksum and structure proven, alignment not."""
+        """Read a member, and check its checksum and structure but not its alignment."""
         entry = self.shard_set.shards[shard].member(member)
         with self.place.open(self.shard_set.shards[shard].file) as file:
             file.seek(entry.offset)
@@ -33,12 +33,12 @@ class IndependentReader(ShardReader):
 
 
 def independent_samples(systematic: ShardReader, teacher: PreTrainedModel, folder: Path) -> IndependentReader:
-    """The same sequences and as many samples; a shard that is finished in `folder` is left as it is.
+    """Write shards with the same sequences and number of samples; finished shards in `folder` are kept.
 
     Args:
-        systematic: shards of the recording `sampled`, at temperature 1.
-        teacher: by whom they were made, on the CPU.
-        folder: receives the shards.
+        systematic: Shards of the recording `sampled`, at temperature 1.
+        teacher: The teacher that made them, on the CPU.
+        folder: Folder that the shards are written to.
     """
     folder.mkdir(parents=True, exist_ok=True)
     assert systematic.codec.ranking is not None

@@ -1,4 +1,4 @@
-"""Fills the tables of docs/results/law-cpu.md with the fit that lies beside it.
+"""Fill the tables of docs/results/law-cpu.md from the fit in docs/results/law-cpu.
 
 python benchmarks/law_page.py
 """
@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-# found beside this file also where Python is told not to look there: -P, PYTHONSAFEPATH
+# added here because Python with -P or PYTHONSAFEPATH does not search the folder of this script
 sys.path.insert(0, str(Path(__file__).parent))
 
 from page_tables import Row, with_tables
@@ -26,19 +26,19 @@ from capgap.schemas.results import Interval
 
 PAGE = Path(__file__).parents[1] / "docs" / "results" / "law-cpu.md"
 FOLDER = PAGE.with_suffix("")
-# the budget and alpha that all students have, and over which there is a law
+# budget and alpha of the runs that all students have, and that the law is fitted to
 MAIN = ("600k-tokens", 1.0)
 _NONE = f"none: {MIN_STUDENTS} students with an interior best are needed"
 
 
 def main() -> None:
-    """Write the page anew."""
+    """Write the page with its tables filled in."""
     argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
     PAGE.write_text(filled(PAGE.read_text()))
 
 
 def filled(page: str) -> str:
-    """The page with its tables made anew."""
+    """Return the page with its tables made from the fit."""
     law = read_fit(FOLDER)
     curves = [curve for curve in law.curves if (curve.budget, curve.alpha) == MAIN]
     [regrets] = [one for one in law.regrets if (one.budget, one.alpha) == MAIN]
@@ -56,7 +56,7 @@ def filled(page: str) -> str:
 
 
 def _teachers() -> list[Row]:
-    """What the teachers are, by size."""
+    """Return one row per teacher, by size."""
     found = {run.teacher.name: run.teacher for run in read_table(FOLDER / "runs.jsonl") if run.teacher is not None}
     rows: list[Row] = [("teacher", "parameters", "without embedding", "tokens", "tokens a parameter", "loss")]
     rows.append(("---", *["---:"] * 5))
@@ -69,7 +69,7 @@ def _teachers() -> list[Row]:
 
 
 def _means(curves: Sequence[CurveFit], heads: Sequence[str]) -> list[Row]:
-    """A row a teacher: the loss of each curve's student, and above the best in brackets."""
+    """Return one row per teacher: the loss of each curve's student, and in brackets its distance from the best loss."""
     rows: list[Row] = [("teacher", *heads), ("---", *["---:"] * len(curves))]
     rows.append(("none", *(f"{curve.supervised_loss:.4f}" for curve in curves)))
     for number, point in enumerate(curves[0].points):
@@ -82,7 +82,7 @@ def _cell(point: TeacherPoint) -> str:
 
 
 def _verdicts(curves: Sequence[CurveFit]) -> list[Row]:
-    """A row a student: what is shown of its best teacher, over size and over the teacher's loss."""
+    """Return one row per student: what its curve shows of its best teacher, over size and over the teacher's loss."""
     head = ("student", "parameters", "verdict by size", "best teacher", "times its size", "verdict by loss")
     rows: list[Row] = [(*head, "best teacher's loss", "gain over no teacher", "noise of a run")]
     rows.append(("---", "---:", "---", "---:", "---:", "---", "---:", "---:", "---:"))
@@ -98,7 +98,7 @@ def _verdicts(curves: Sequence[CurveFit]) -> list[Row]:
 
 
 def _laws(law: GlobalLaw) -> list[Row]:
-    """What is fitted over students, with its interval; or why there is none."""
+    """Return one row per value that is fitted over students, with its interval, or why there is none."""
     rows: list[Row] = [("law", "students", "value (95 % interval)"), ("---", "---", "---:")]
     named = {
         "best teacher = k x student: k": law.proportional,
@@ -113,7 +113,7 @@ def _laws(law: GlobalLaw) -> list[Row]:
 
 
 def _estimate(found: Estimate | Best | None, form: str, unit: float = 1) -> str:
-    """A value with its interval, in that unit; nothing where there is none."""
+    """Return a value with its interval, divided by `unit`; an empty text where there is none."""
     return "" if found is None else f"{found.value / unit:{form}} ({_range(found.interval, form, unit)})"
 
 
@@ -122,7 +122,7 @@ def _range(interval: Interval, form: str, unit: float = 1) -> str:
 
 
 def _regrets(table: RegretTable) -> list[Row]:
-    """A row a rule, the one that loses least first."""
+    """Return one row per rule, by rising regret."""
     rows: list[Row] = [("rule", "regret (95 % interval)", "more than the first", "chooses")]
     rows.append(("---", "---:", "---:", "---"))
     for rule in table.rules:
@@ -134,7 +134,7 @@ def _regrets(table: RegretTable) -> list[Row]:
 
 
 def _axes(curves: Sequence[CurveFit]) -> list[Row]:
-    """The student that was trained in other ways too: a column a way."""
+    """Return the table of the student with several budgets and alphas, one column for each."""
     ordered = sorted(curves, key=lambda curve: (-curve.tokens, -curve.alpha))
     rows = _means(ordered, [f"{curve.tokens // 1000}k tokens, alpha {curve.alpha:g}" for curve in ordered])
     verdicts = [axis.verdict if (axis := curve.axis("size")) is not None else "" for curve in ordered]

@@ -1,11 +1,11 @@
-"""The loader against WebDataset, MosaicML Streaming and LitData on the same members; start-up and memory.
+"""Compare the loader with WebDataset, MosaicML Streaming and LitData on the same members; measure start-up and memory.
 
 python benchmarks/loader.py                   tokens/s, interleaved medians; start-up; resident memory
-python benchmarks/loader.py --quick           a tenth of it
-python benchmarks/loader.py --cache FOLDER    a cache's first two million tokens beside the made-up rows
+python benchmarks/loader.py --quick           about a tenth of the work
+python benchmarks/loader.py --cache FOLDER    also measure a cache's first two million tokens
 
-Streaming and LitData are measured where they are installed. They pin other versions than capgap, so give them an
-environment of their own, and run this in it:
+Streaming and LitData are measured where they are installed. They pin other versions of packages than capgap does, so
+install them in an environment of their own, and run this script in it:
 
     python3.11 -m venv /tmp/peers
     /tmp/peers/bin/pip install mosaicml-streaming==0.13.0 litdata==0.2.76 webdataset==1.0.2 pyarrow zstandard \\
@@ -31,7 +31,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-# found beside this file also where Python is told not to look there: -P, PYTHONSAFEPATH
+# added here because Python with -P or PYTHONSAFEPATH does not search the folder of this script
 sys.path.insert(0, str(Path(__file__).parent))
 
 import numpy as np
@@ -61,7 +61,7 @@ NUM_WORKERS = 2
 
 
 def main() -> None:
-    """Measure, print, keep."""
+    """Measure, print the figures, and write them to results/."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--cache", type=Path, metavar="FOLDER", help="measure this cache too")
@@ -71,7 +71,7 @@ def main() -> None:
         print(json.dumps(child(*json.loads(flags.child))))
         return
     torch.set_num_threads(1)
-    keep_freed_memory()  # as `capgap` does; worker processes are forked and have it, too
+    keep_freed_memory()  # as `capgap` does; forked worker processes inherit it
     with tempfile.TemporaryDirectory() as scratch:
         small = flags.quick
         figures = {
@@ -87,7 +87,7 @@ def main() -> None:
 
 
 def readers(scratch: Path, num_members: int, cache: Path | None) -> list[ShardReader]:
-    """Of made-up rows in long and in short sequences, and of the cache that was named."""
+    """Return readers of made-up rows in long and in short sequences, and of the given cache."""
     made = [make_cache(scratch / f"{seq_len}", seq_len, [num_members // 8] * 8) for seq_len in (2048, 256)]
     if cache is None:
         return made
@@ -97,13 +97,13 @@ def readers(scratch: Path, num_members: int, cache: Path | None) -> list[ShardRe
 
 
 def throughput(reader: ShardReader, scratch: Path, repeats: int, max_tokens: int = 2_000_000) -> dict[str, Any]:
-    """Tokens a second of an epoch's first `max_tokens`, each way in turn, on the same members.
+    """Return the tokens per second of an epoch's first `max_tokens`, each loader in turn, on the same members.
 
     Args:
-        reader: of shards on a local disk.
-        scratch: an empty folder, for copies in the formats of the others.
-        repeats: rounds; the figures are medians over them.
-        max_tokens: that a round reads, at most; whole shards are copied until they hold so many.
+        reader: Reader of shards on a local disk.
+        scratch: An empty folder for copies in the formats of the other loaders.
+        repeats: Number of rounds; the figures are medians over them.
+        max_tokens: Most tokens that a round reads; whole shards are copied until they hold that many.
     """
     reader = _shortened(reader, max_tokens)
     seq_len = reader.codec.seq_len
@@ -142,7 +142,7 @@ def _ours(reader: ShardReader, micro_batch: int, threads: int) -> Iterator[Batch
 
 
 def _shortened(reader: ShardReader, max_tokens: int) -> ShardReader:
-    """Its first shards, as few as hold that many tokens."""
+    """Return a reader of the fewest first shards that hold `max_tokens` tokens."""
     shard_set = reader.shard_set
     held = itertools.accumulate(shard.num_sequences * shard_set.seq_len for shard in shard_set.shards)
     number = 1 + sum(tokens < max_tokens for tokens in held)
@@ -150,13 +150,13 @@ def _shortened(reader: ShardReader, max_tokens: int) -> ShardReader:
 
 
 def start_up(scratch: Path, numbers: tuple[int, ...], repeats: int) -> dict[str, Any]:
-    """From the manifest's text to the first batch, in a process that has imported everything, by number of shards."""
+    """Return the seconds from the manifest's text to the first batch, for each number of shards, without imports."""
     found: dict[str, Any] = {}
     for number in numbers:
         folder = scratch / f"shards-{number}"
         reader = make_cache(folder, 256, [max(1, 64 // number)] * min(number, 64))
         entries = reader.shard_set.shards
-        # more shards than are worth making: the same files under many entries
+        # many entries name the same files, because only the number of entries matters
         many = reader.shard_set.model_copy(update={"shards": tuple(entries[i % len(entries)] for i in range(number))})
         (folder / "set.json").write_text(many.model_dump_json())
         runs = [run_child("start", str(folder), 256) for _ in range(repeats)]
@@ -165,9 +165,9 @@ def start_up(scratch: Path, numbers: tuple[int, ...], repeats: int) -> dict[str,
 
 
 def memory(scratch: Path, num_members: int) -> dict[str, Any]:
-    """After one epoch, and after one of ten times as many members (the same files, each listed ten times).
+    """Return the resident memory after one epoch, and after one over ten times as many members (each listed ten times).
 
-    With 8 ids a token, so that the smaller set fills the 150 MB of decoded blocks that are allowed, too.
+    There are 8 ids per token, so that the smaller set also fills the 150 MB that decoded blocks may take.
     """
     folder = scratch / "memory"
     reader = make_cache(folder, 256, [num_members // 8] * 8, top_k=8)
@@ -180,7 +180,7 @@ def memory(scratch: Path, num_members: int) -> dict[str, Any]:
 
 
 def child(what: str, folder: str, seq_len: int) -> dict[str, float]:
-    """One measurement in a fresh process."""
+    """Make one measurement; `run_child` runs this in a fresh process."""
     text = (Path(folder) / "set.json").read_text()
     started = time.perf_counter()
     shard_set = ShardSet.model_validate_json(text)
@@ -201,27 +201,27 @@ def child(what: str, folder: str, seq_len: int) -> dict[str, float]:
 
 
 def run_child(what: str, folder: str, seq_len: int) -> dict[str, float]:
-    """`child` in a process of its own."""
+    """Run `child` in a process of its own."""
     command = [sys.executable, __file__, "--child", json.dumps([what, folder, seq_len])]
     found: dict[str, float] = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     return found
 
 
 def cpu_s() -> float:
-    """CPU time of this process and of the worker processes that have ended."""
+    """Return the CPU seconds of this process and of the worker processes that have ended."""
     times = os.times()
     return times.user + times.system + times.children_user + times.children_system
 
 
 def resident_mb() -> float:
-    """Of this process, now."""
+    """Return the resident memory of this process, in MiB."""
     with Path("/proc/self/status").open() as file:
         line = next(line for line in file if line.startswith("VmRSS"))
     return round(int(line.split()[1]) / 1024, 1)
 
 
 def make_cache(folder: Path, seq_len: int, members_of_shards: list[int], top_k: int = NUM_KEPT) -> ShardReader:
-    """Shards of made-up rows whose ids and logprobs have about the entropy of a real teacher's."""
+    """Write shards of made-up rows, whose ids and logprobs have about the entropy of a real teacher's."""
     folder.mkdir(parents=True, exist_ok=True)
     codec = codec_for(TOPK, seq_len, {"vocab_size": VOCAB_SIZE, "num_ids": top_k})
     writer = ShardWriter(folder, folder / "sidecars", "targets", codec)
@@ -234,9 +234,9 @@ def make_cache(folder: Path, seq_len: int, members_of_shards: list[int], top_k: 
 
 
 def make_block(codec: Codec, rng: np.random.Generator) -> Block:
-    """8k tokens; the real next token is one of the ids kept."""
+    """Return a block of 8k tokens, in which each real next token is one of the ids kept."""
     num, length, kept = MICRO_BATCH_TOKENS // codec.seq_len, codec.seq_len, codec.num_ids
-    # ids of a row are distinct: a start that is likely to be low, and growing steps
+    # a row's ids are distinct: they start at a number that is likely to be low, and each is larger than the one before
     starts_BL1 = (VOCAB_SIZE // 2 * rng.random((num, length, 1)) ** 4).astype(np.int32)
     ids_BLK = starts_BL1 + np.cumsum(rng.integers(1, 200, (num, length, kept)), axis=2, dtype=np.int32)
     falls_BLK = np.cumsum(rng.exponential(0.15, (num, length, kept)), axis=2)

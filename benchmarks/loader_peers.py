@@ -1,9 +1,9 @@
-"""Other people's loaders on the members of a shard set: the same bytes, decoded and collated by the same functions.
+"""Other loaders on the members of a shard set: the same bytes, decoded and collated by the same functions.
 
     member, as opaque bytes --WebDataset | MosaicML Streaming | LitData, in torch's workers--> decode --> shuffle
                             --> micro-batch
 
-They check neither crc32 nor alignment; the zstd frame's checksum and the structure are checked by the codec.
+They check neither the crc32 nor the alignment; the codec checks the zstd frame's checksum and the structure.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from capgap.pipeline.store import Codec, ShardReader
 from capgap.pipeline.store.batch import Batch, collate
 
-# Decoded sequences that wait in each worker to be shuffled: sixteen members of the made-up rows' 8k tokens.
+# Tokens of the decoded sequences that each worker shuffles: sixteen members of the made-up rows, of 8k tokens each.
 _SHUFFLE_TOKENS = 131_072
 _CHUNK_BYTES = 64 << 20
 _FIELD = "arrow.zst"
@@ -30,7 +30,7 @@ Peer = Callable[[ShardReader, int, int], Iterator[Batch]]
 
 
 def peers(reader: ShardReader, scratch: Path) -> dict[str, Peer]:
-    """Those that are installed, by name; the members are written in their formats below `scratch` first."""
+    """Write the members in the formats of the installed loaders below `scratch`, and return these loaders by name."""
     found: dict[str, Peer] = {"webdataset": through_webdataset}
     if importlib.util.find_spec("streaming"):
         found["mosaicml-streaming"] = _to_streaming(reader, scratch / "streaming")
@@ -43,9 +43,9 @@ class Members(IterableDataset[Any]):
     """Micro-batches from a dataset of members.
 
     Args:
-        members: gives their bytes, a worker's share in each worker.
-        codec: decodes them.
-        micro_batch: sequences in a batch.
+        members: Yields the members' bytes; in a worker, that worker's share of them.
+        codec: Decodes them.
+        micro_batch: Number of sequences in a batch.
     """
 
     def __init__(self, members: Callable[[], Iterable[bytes]], codec: Codec, micro_batch: int) -> None:
@@ -75,7 +75,7 @@ class Members(IterableDataset[Any]):
 
 
 def through_webdataset(reader: ShardReader, micro_batch: int, num_workers: int) -> Iterator[Batch]:
-    """The shards as they are."""
+    """Yield batches that WebDataset reads from the cache's own shards."""
     urls = [str(reader.place.folder / shard.file.path) for shard in reader.shard_set.shards]  # type: ignore[attr-defined]
 
     def members() -> Iterable[bytes]:
@@ -120,7 +120,7 @@ def _to_litdata(reader: ShardReader, folder: Path) -> Peer:
 
 
 def members_of(reader: ShardReader) -> Iterator[bytes]:
-    """Every member's bytes as stored."""
+    """Yield the stored bytes of every member."""
     for shard in reader.shard_set.shards:
         with reader.place.open(shard.file) as file:
             for member in shard.each_member():

@@ -1,15 +1,15 @@
-"""How much of what rounding to few bits costs is won back: from a cache, from text alone, from the teacher itself.
+"""How much of the loss from quantisation a training recovers: from a cache, from text alone, from the teacher itself.
 
 python benchmarks/low_bit.py                     every training that is not in the results, then the table
-python benchmarks/low_bit.py --formats mxfp4     of one format
-python benchmarks/low_bit.py --only-seed 0       of one seed: a process each may share the work
-python benchmarks/low_bit.py --smoke             the same at the smallest size, to see that it works
+python benchmarks/low_bit.py --formats mxfp4     the trainings of one format
+python benchmarks/low_bit.py --only-seed 0       the trainings of one seed, so that several processes share the work
+python benchmarks/low_bit.py --smoke             the same at the smallest size, to check that it works
 python benchmarks/low_bit_page.py                put the tables into their page, between its marks
 
-The student is the teacher itself, SmolLM2-135M-Instruct, which `make smol` fetches. Every training of a format sees
-the same sequences and takes as many steps; the seeds are the order of the data. A training runs in a process of its
-own, so that its memory and its seconds of CPU are known. A finished one is a line of the results, and is not done
-again; one that was killed goes on from its last checkpoint, and what it took is then not said.
+The student is the quantised teacher itself, SmolLM2-135M-Instruct, which `make smol` fetches. Every training of a
+format sees the same sequences and takes as many steps; the seed decides the order of the data. A training runs in a
+process of its own, so that its memory and CPU seconds are known. A finished training is a line of the results, and is
+not repeated. A killed one continues from its last checkpoint, and its line then has no seconds.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-# found beside this file also where Python is told not to look there: -P, PYTHONSAFEPATH
+# added here because Python with -P or PYTHONSAFEPATH does not search the folder of this script
 sys.path.insert(0, str(Path(__file__).parent))
 
 import yaml
@@ -50,18 +50,18 @@ from capgap.schemas.run_eval import EvalSettings
 from capgap.schemas.run_file import RunFile
 
 ROOT = Path(__file__).parents[1]
-# 10 steps: what two formats at three seeds can have in three hours of one core that has no products of 16 bits.
+# 10 steps: one core without 16-bit products needs three hours for two formats at three seeds.
 NUM_TOKENS = 10_240
-# Of two that were tried: after 8 steps the online arm of mxfp4 had a lower loss and KL with it than with 1e-4, which
-# `--formats mxfp4 --only-seed 0 --tokens 8192 --learning-rate 1e-4` tries again.
+# The better of two that were tried: after 8 steps, the online arm of mxfp4 had a lower loss and KL than with 1e-4,
+# which `--formats mxfp4 --only-seed 0 --tokens 8192 --learning-rate 1e-4` repeats.
 LEARNING_RATE = 2e-4
 Job = tuple[str, str, int]
-# One pass of the teacher each.
+# Each cache is one pass of the teacher.
 CACHES: dict[str, dict[str, Any]] = {
     "50": {"recording": "sampled", "num_samples": 50},
     "25": {"recording": "both", "num_samples": 25, "top_k": 64},
 }
-# By name, the cache and the settings of the training.
+# By name: the cache, and the settings of the training.
 ARMS: dict[str, tuple[str, dict[str, Any]]] = {
     PTQ: ("50", {"alpha": 0.0, "max_tokens": 0}),
     QAT: ("50", {"alpha": 0.0}),
@@ -70,7 +70,7 @@ ARMS: dict[str, tuple[str, dict[str, Any]]] = {
     "QAD, sampled, n = 25": ("25", {"recording": "sampled"}),
     **{f"QAD, top-64, {tail}": ("25", {"recording": "topk", "tail": tail}) for tail in TAILS},
 }
-NUM_FIRST = 6  # of the arms, down to the first tail; of the other tails one seed is trained
+NUM_FIRST = 6  # number of arms up to the first tail; the other tails are trained with one seed only
 FORMATS: dict[str, dict[str, Any]] = {
     "int4": {"format": "int4", "group_size": 32},
     "mxfp4": {"format": "mxfp4"},
@@ -80,7 +80,7 @@ FORMATS: dict[str, dict[str, Any]] = {
 }
 
 
-# The run file is for one training, and there are dozens here: what makes each of them shorter, for all alike.
+# Changes to the run file that make every training shorter: the file is meant for one training, and here are dozens.
 PRECISION = mixed_precision("cpu")
 SHORTER: dict[str, dict[str, Any]] = {
     "corpus": {"shard_sequences": 20},
@@ -91,21 +91,23 @@ SHORTER: dict[str, dict[str, Any]] = {
 
 
 def main() -> None:
-    """Make what is missing, training by training, and print the table."""
+    """Run the trainings that the results lack, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--only-seed", type=int, help="of them this one alone: a process each may share the work")
+    parser.add_argument("--only-seed", type=int, help="train this seed only, so that several processes share the work")
     parser.add_argument("--formats", nargs="+", choices=list(FORMATS), default=["int4", "mxfp4"])
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
     parser.add_argument("--learning-rate", type=float, default=LEARNING_RATE)
-    parser.add_argument("--tokens", type=int, default=NUM_TOKENS, help="that every student sees")
-    parser.add_argument("--compile", action="store_true", help="compile what stands between the layers that round")
-    parser.add_argument("--work", type=Path, default=Path("runs/low-bit-arms"), help="caches, and trainings at work")
+    parser.add_argument("--tokens", type=int, default=NUM_TOKENS, help="tokens that every student sees")
+    parser.add_argument("--compile", action="store_true", help="compile what is between the quantised layers")
+    parser.add_argument(
+        "--work", type=Path, default=Path("runs/low-bit-arms"), help="folder of the caches and trainings"
+    )
     parser.add_argument("--results", type=Path, help="default: benchmarks/results/low-bit.jsonl")
-    parser.add_argument("--smoke", action="store_true", help="at the smallest size, to see that it works")
+    parser.add_argument("--smoke", action="store_true", help="run at the smallest size, to check that everything works")
     parser.add_argument("--train", nargs=3, metavar=("RUN", "ARM", "SEED"), help=argparse.SUPPRESS)
     flags = parser.parse_args()
-    # processes that share the work wait for one another's caches, and not for the machine
+    # processes that share the work must not wait for each other's lease of the device, only for each other's caches
     leases = "leases" if flags.only_seed is None else f"leases-{flags.only_seed}"
     os.environ.setdefault("CAPGAP_LEASE_DIR", str((flags.work / leases).resolve()))
     if flags.train:
@@ -127,8 +129,8 @@ def main() -> None:
 
 
 def in_order(formats: list[str], chosen: list[str], num_seeds: int) -> list[Job]:
-    """What the goal is about at every seed, then the other tails at one."""
-    # what is not trained is the same at every seed
+    """Return the jobs: first the arms that the goal compares, at every seed, then the other tails at one seed."""
+    # PTQ is not trained, so it is the same at every seed
     wanted = [
         (name, arm, seed)
         for seed, name, arm in itertools.product(range(num_seeds), formats, chosen)
@@ -138,14 +140,14 @@ def in_order(formats: list[str], chosen: list[str], num_seeds: int) -> list[Job]
 
 
 class Bench:
-    """Makes caches as they are needed, and students from them.
+    """Makes caches when they are needed, and trains students from them.
 
     Args:
-        work: folder for all of it.
-        smoke: at the smallest size.
-        num_tokens: of every training.
-        learning_rate: of every training.
-        compiles: what stands between the layers that round.
+        work: Folder of the caches and trainings.
+        smoke: Whether everything has the smallest size.
+        num_tokens: Number of tokens of every training.
+        learning_rate: Learning rate of every training.
+        compiles: Whether the parts between the quantised layers are compiled.
     """
 
     def __init__(
@@ -173,7 +175,7 @@ class Bench:
 
     @contextmanager
     def teacher_on_heldout(self) -> Iterator[Heldout]:
-        """The teacher's distributions on held-out text, on disk while students are measured."""
+        """Keep the teacher's distributions on held-out text on disk while students are measured."""
         settings = EvalSettings.model_validate(self._run.get("eval", {}))
         sequences = first_sequences(
             self._corpus.path, self._corpus.manifest.shard_sets["heldout"], settings.num_sequences
@@ -186,7 +188,7 @@ class Bench:
             yield Heldout(sequences, spool, num_full, loss)
 
     def line(self, name: str, arm: str, seed: int, heldout: Heldout) -> dict[str, Any]:
-        """One line of the results."""
+        """Train and measure one student, and return its line of the results."""
         cache, settings = ARMS[arm]
         run = self._run_of(name, cache, arm, settings, seed)
         file = Path(run["out"]) / f"{slug(arm)}-{seed}.json"
@@ -196,7 +198,7 @@ class Bench:
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
         cost = json.loads(done.stdout.splitlines()[-1])
         instance = Instance("train", slug(arm), seed)
-        # there already: it says what it was
+        # the training is finished, so this only reads its manifest
         trained = StageInput(Path(run["out"]) / instance.name, carry_out(RunFile.model_validate(run), instance))
         comparison = Comparison(heldout.spool)
         loss = self._loss(model_path(trained), heldout, comparison.add)
@@ -236,7 +238,7 @@ class Bench:
         return self._shared(run, "cache")
 
     def _shared(self, run: dict[str, Any], stage: str) -> StageInput:
-        """A stage that all trainings have in common; the file's arms are none of its."""
+        """Make a stage that all trainings share; it does not depend on arms, so one arm stands in for them."""
         return made_once(RunFile.model_validate(self._run | run | {"arms": {"any": {"alpha": 0.0}}}), stage)
 
     @property
@@ -257,17 +259,17 @@ class Bench:
 
 
 def trained_in(work: Path, name: str, arm: str) -> Path:
-    """The folder of the run in which an arm of a format is trained."""
+    """Return the folder of the run in which an arm of a format is trained."""
     return work / name / f"cache-{ARMS[arm][0]}"
 
 
 def slug(arm: str) -> str:
-    """An arm's name as folders have it."""
+    """Return an arm's name in the form that folder names take."""
     return re.sub(r"[^a-z0-9]+", "-", arm.lower()).strip("-")
 
 
 def _train(file: Path, arm: str, seed: int) -> None:
-    """The training alone, in a process of its own; prints what it took."""
+    """Run one training in this process, and print its seconds and its peak memory."""
     run = RunFile.model_validate_json(file.read_text())
     carry_out(run, Instance("student", seed=seed))
     instance = Instance("train", arm, seed)
@@ -275,7 +277,7 @@ def _train(file: Path, arm: str, seed: int) -> None:
     cpu_started = time.process_time()
     manifest = carry_out(run, instance)
     took = {"wall_s": round(manifest.wall_s, 1), "cpu_s": round(time.process_time() - cpu_started, 1)}
-    # of a training that goes on from a checkpoint this process has seen a part
+    # this process has only timed a part of a training that continued from a checkpoint
     cost: dict[str, float | None] = dict(took) if is_whole else dict.fromkeys(took)
     print(json.dumps(cost | {"peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}))
 

@@ -1,9 +1,9 @@
-"""What the students of benchmarks/low_bit.py know of text of another kind than that which they were trained on.
+"""Measure the students of benchmarks/low_bit.py on another kind of text than they were trained on.
 
 python benchmarks/low_bit_other_text.py          after benchmarks/low_bit.py, on the same machine: its students are kept
 
-A training with cross-entropy learns the text; one with the teacher's distributions learns to be the teacher. The first
-may lose elsewhere what it gains there. The other text is the reference of the Python language, as every Python has it
+A training with cross-entropy learns the text, and one with the teacher's distributions learns to imitate the teacher.
+The first may get worse on other text. The other text is the reference of the Python language that every Python carries
 for `help()`.
 """
 
@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 from pydoc_data.topics import topics
 
-# found beside this file also where Python is told not to look there: -P, PYTHONSAFEPATH
+# added here because Python with -P or PYTHONSAFEPATH does not search the folder of this script
 sys.path.insert(0, str(Path(__file__).parent))
 
 import torch
@@ -33,10 +33,20 @@ MEASURED = (PTQ, QAT, "QAD, sampled, n = 50", ONLINE)
 
 
 def main() -> None:
-    """Measure each of those students that is there and has no line yet."""
+    """Measure each student that has no line of results yet."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--work", type=Path, default=Path("runs/low-bit-arms"), help="where the students are")
-    parser.add_argument("--lines", type=Path, default=RESULTS / "low-bit.jsonl", help="which students there are")
+    parser.add_argument(
+        "--work",
+        type=Path,
+        default=Path("runs/low-bit-arms"),
+        help="work folder of benchmarks/low_bit.py, which holds the students",
+    )
+    parser.add_argument(
+        "--lines",
+        type=Path,
+        default=RESULTS / "low-bit.jsonl",
+        help="results of benchmarks/low_bit.py, which name the students",
+    )
     parser.add_argument("--results", type=Path, default=RESULTS / "low-bit-other-text.jsonl")
     flags = parser.parse_args()
     results, text_BL1 = Results(flags.results), other_text(NUM_SEQUENCES)
@@ -62,14 +72,14 @@ def main() -> None:
 
 
 def other_text(num_sequences: int) -> Tensor:
-    """Token ids [num_sequences, SEQ_LEN + 1], spread evenly over the whole text."""
+    """Return token ids [num_sequences, SEQ_LEN + 1] of sequences that are spread evenly over the whole text."""
     ids = load_tokenizer(str(TEACHER))("\n\n".join(topics[name] for name in sorted(topics)))["input_ids"]
     step = (len(ids) - SEQ_LEN - 1) // num_sequences
     return torch.tensor([ids[i * step : i * step + SEQ_LEN + 1] for i in range(num_sequences)])
 
 
 def logprobs(path: str, tokens_BL1: Tensor) -> Tensor:
-    """A model's logprobs [B * L, V] of the next token, float32."""
+    """Return a model's logprobs of the next token, float32 [B * L, V]."""
     model = load_model(path, "cpu", "fast")
     with torch.inference_mode():
         rows = [model(tokens_1L[None, :-1]).logits[0].float().log_softmax(-1) for tokens_1L in tokens_BL1]

@@ -1,4 +1,4 @@
-"""Fills the tables of docs/results/low-bit.md from the lines of benchmarks/low_bit.py: means over seeds.
+"""Fill the tables of docs/results/low-bit.md with means over seeds from the results of benchmarks/low_bit.py.
 
 python benchmarks/low_bit_page.py
 """
@@ -13,7 +13,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-# found beside this file also where Python is told not to look there: -P, PYTHONSAFEPATH
+# added here because Python with -P or PYTHONSAFEPATH does not search the folder of this script
 sys.path.insert(0, str(Path(__file__).parent))
 
 from machine import RESULTS
@@ -39,20 +39,20 @@ _HEAD = (
 
 
 def main() -> None:
-    """Write the page anew."""
+    """Write the page with its tables filled in."""
     argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
     PAGE.write_text(filled(PAGE.read_text()))
 
 
 def filled(page: str) -> str:
-    """The page with its tables made anew, from the largest measurement."""
+    """Return the page with its tables made from the largest measurement."""
     same = one_measurement(Results(RESULTS / "low-bit.jsonl").lines, but="format")
     elsewhere = [one for one in Results(RESULTS / "low-bit-other-text.jsonl").lines if one["about"] in _abouts(same)]
     return with_tables(page, "low_bit_page.py", tables(same) | {"other text": other_text_table(elsewhere)})
 
 
 def tables(lines: Sequence[dict[str, Any]]) -> dict[str, list[Row]]:
-    """By format, the teacher and a row an arm; what follows +- is half of the 95 % interval over seeds."""
+    """Return each format's table, one row per arm; the number after +- is half the 95 % interval over seeds."""
     made: dict[str, list[Row]] = {}
     for name in dict.fromkeys(line["about"]["format"]["format"] for line in lines):
         own = [line for line in lines if line["about"]["format"]["format"] == name]
@@ -63,7 +63,7 @@ def tables(lines: Sequence[dict[str, Any]]) -> dict[str, list[Row]]:
 
 
 def other_text_table(lines: Sequence[dict[str, Any]]) -> list[Row]:
-    """A row a format and arm: loss and KL on text of another kind than that of the training."""
+    """Return one row per format and arm: loss and KL on another kind of text than that of the training."""
     head = ("format", "student", "loss, nats", "KL to the teacher, nats", "seeds")
     rows: list[Row] = [head, ("---", "---", *["---:"] * 3)]
     if lines:
@@ -78,16 +78,16 @@ def other_text_table(lines: Sequence[dict[str, Any]]) -> list[Row]:
 
 
 def _abouts(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Each thing that lines are about, once, in their order."""
+    """Return the distinct settings (`about`) of the lines, in their order."""
     return [line["about"] for i, line in enumerate(lines) if line["about"] not in [one["about"] for one in lines[:i]]]
 
 
 def won_back(lines: Sequence[dict[str, Any]], arm: str, quantity: str) -> list[float]:
-    """By seed, the fall from PTQ as a share of what online distillation takes off it.
+    """Return, for each seed, the arm's fall from PTQ as a share of the fall by online distillation.
 
     Args:
-        lines: of one format.
-        arm: whose fall.
+        lines: Results of one format.
+        arm: The arm whose fall is measured.
         quantity: `loss` on held-out text, or `kl` to the teacher.
     """
     ptq = fmean([_value(line, quantity) for line in lines if line["arm"] == PTQ] or [math.nan])

@@ -1,4 +1,4 @@
-"""What a figure was measured on, and where it is kept."""
+"""Describe the machine that a figure was measured on, and write figures to results/."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def machine(device: str) -> dict[str, Any]:
-    """Name and size of the device, and the versions that matter."""
+    """Return the device's name, the numbers of cores and threads, and the versions of the packages that matter."""
     name = torch.cuda.get_device_name() if device.startswith("cuda") else cpu_name()
     return {
         "device": name,
@@ -34,7 +34,7 @@ def machine(device: str) -> dict[str, Any]:
 
 
 def keep(name: str, device: str, figures: Any, folder: Path = RESULTS) -> Path:
-    """Write the figures as data, under a name that says what they were measured on."""
+    """Write the figures as JSON to a file whose name names the device, and return its path."""
     about = machine(device)
     path = folder / f"{name}-{slug_of(about['device'])}.json"
     folder.mkdir(exist_ok=True)
@@ -43,22 +43,22 @@ def keep(name: str, device: str, figures: Any, folder: Path = RESULTS) -> Path:
 
 
 def every_kept(name: str, folder: Path = RESULTS) -> Iterator[tuple[str, Any]]:
-    """Device and content of each file that `keep` has written under that name."""
+    """Yield the device and content of each file that `keep` has written under that name."""
     for path in sorted(folder.glob(f"{name}-*.json")):
         content = json.loads(path.read_text())
-        # figures of another name may begin alike
+        # the pattern also finds files of longer names
         if path.stem == f"{name}-{slug_of(content['machine']['device'])}":
             yield content["machine"]["device"], content
 
 
 def mixed_precision(device: str) -> str:
-    """The precision of a training: bfloat16 where the device multiplies in it, float32 where that would take hours."""
+    """Return the precision of trainings: bfloat16 if the device multiplies in it, else the faster float32."""
     return "bf16-mixed" if multiplies(device, "bfloat16") else "32-true"
 
 
 @contextmanager
 def caught(what: str, failed: list[str]) -> Iterator[None]:
-    """Let what fails within the block not lose the rest: it is named in `failed` and shown."""
+    """Catch any error of the block, print it and add it to `failed`, so that the rest is still measured."""
     try:
         yield
     except Exception as error:  # whatever a peer, a compiler or a device raises
@@ -69,7 +69,7 @@ def caught(what: str, failed: list[str]) -> Iterator[None]:
 
 
 def slug_of(device: str) -> str:
-    """A device's name as files have it."""
+    """Return a device's name in the form that file names take."""
     return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
 
 

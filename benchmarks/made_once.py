@@ -1,4 +1,4 @@
-"""Stages that several processes of a benchmark share: one of them makes each, and the others wait for it."""
+"""Stages that several processes of a benchmark share: one process makes each, and the others wait for it."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from capgap.schemas.run_file import RunFile
 
 
 def made_once(run: RunFile, stage: str, seed: int | None = None) -> StageInput:
-    """The finished stage, made if it is not.
+    """Return the finished stage, and make it first if it is missing.
 
     Args:
-        run: whose folder `out` lies in the benchmark's own folder, as those of all stages that are shared do.
-        stage: corpus, teacher, cache or student.
-        seed: of a student.
+        run: The run file; its folder `out` must lie directly in the benchmark's own folder, which holds the lock.
+        stage: Name of the stage: corpus, teacher, cache or student.
+        seed: Seed of a student.
     """
     instance = Instance(stage, seed=seed)  # type: ignore[arg-type]
     with shared_lock(Path(run.out).parent):
@@ -25,6 +25,6 @@ def made_once(run: RunFile, stage: str, seed: int | None = None) -> StageInput:
 
 
 def shared_lock(folder: Path) -> FileLock:
-    """Held by the one process that makes something in a benchmark's folder."""
+    """Return the lock that a process holds while it makes something in a benchmark's folder."""
     folder.mkdir(parents=True, exist_ok=True)
     return FileLock(folder / "shared.lock")

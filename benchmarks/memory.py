@@ -1,4 +1,4 @@
-"""The most memory that a call takes from torch's allocator."""
+"""Measure the peak memory that a call takes from torch's allocator."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 
 def peak_mb(call: Callable[[], object], device: str) -> float:
-    """Most MiB that stood at once beyond what stood before."""
+    """Return the peak memory of the call, in MiB, beyond what was allocated before it."""
     gc.collect()
     if device == "cuda":
         torch.cuda.synchronize()

@@ -1,11 +1,11 @@
-"""Every step of MiniMA and MiniChat by one command, at the smallest size: `make minima`.
+"""Run every step of MiniMA and MiniChat by one command, at the smallest size: `make minima`.
 
     base teacher --+
     conversations -+-> adapt -> cache -> prune -> train -> tune -> eval -> answers -> judge -> report
     judge's server +
 
-The teacher that is given in jobs/runs/minima-tiny.yaml is trained first, conversations are made of the standard
-library's docstrings, and a real vLLM server of random weights is the judge. Whatever is finished is not made again.
+The teacher that jobs/runs/minima-tiny.yaml names is trained first, conversations are made from the standard library's
+docstrings, and a real vLLM server with random weights is the judge. What is finished is not made again.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}as
 
 
 def main() -> int:
-    """Make what the run starts from, then the run; its exit code."""
+    """Make the inputs of the run, then run it, and return its exit code."""
     epilog = "All flags are those of `capgap run`."
     _, flags = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog=epilog).parse_known_args()
     for stage in ("corpus", "teacher"):
@@ -54,7 +54,7 @@ def _capgap(*arguments: str) -> int:
 
 
 def _write_conversations(path: Path) -> None:
-    """Two turns each: what a function of the standard library does, and where it is."""
+    """Write conversations of two turns: what a function of the standard library does, and where it is."""
     if path.exists():
         return
     lines = []
@@ -72,7 +72,7 @@ def _write_conversations(path: Path) -> None:
 
 
 def _documented() -> Iterator[tuple[str, str, str]]:
-    """Module, name and first sentence of public functions and classes, in the order of the files."""
+    """Yield module, name and first sentence of public functions and classes, in the order of the files."""
     root = Path(sysconfig.get_path("stdlib"))
     for path in sorted(root.glob("*.py")):
         for node in ast.parse(path.read_bytes()).body:
@@ -85,7 +85,7 @@ def _documented() -> Iterator[tuple[str, str, str]]:
 
 @contextmanager
 def _judge(folder: Path, base_url: str) -> Iterator[None]:
-    """A server at that address for as long as the block runs."""
+    """Run a judge's server at that address within the context."""
     if not folder.exists():
         tokenizer = AutoTokenizer.from_pretrained(OUT / "base" / "teacher" / "model")
         tokenizer.chat_template = TEMPLATE

@@ -1,9 +1,12 @@
-"""What a row of a padded head costs in the capture, beside a row of a head without padding.
+"""What a row of a padded head costs in the capture, compared with a row of a head without padding.
 
 python benchmarks/padded_head.py
 
-CPU time of `record_rows`, the part of the capture that sees the logits, on one thread: shapes of real heads, whole and
-as they are. All take turns; figures are medians of us a row, and the ratio of each turn's two figures.
+The CPU time of `record_rows`, the part of the capture that sees the logits, is measured on one thread, for shapes of
+real heads with and without padding. All shapes take turns. Figures are medians of microseconds per row, and the median
+ratio of a turn's two figures.
+
+Legend: N rows, V columns of the head.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ import time
 from collections import defaultdict
 from pathlib import Path
 
-# found beside this file also where Python is told not to look there: -P, PYTHONSAFEPATH
+# added here because Python with -P or PYTHONSAFEPATH does not search the folder of this script
 sys.path.insert(0, str(Path(__file__).parent))
 
 import torch
@@ -24,13 +27,13 @@ from machine import keep
 from capgap.pipeline.cache.scoring import Recording, record_rows
 
 HEADS = {"Qwen3": (151_936, 151_669), "Gemma 3": (262_208, 262_144), "Phi-3": (32_064, 32_011)}
-"""Columns of the head, and how many of them are real."""
+"""Number of columns of each model's head, and how many of them are real ids."""
 
 RECORDINGS = {"sampled 50": (50, 0), "topk 64": (0, 64), "both": (50, 64)}
 
 
 def us_a_row(num_columns: int, vocab_size: int, samples_and_top: tuple[int, int], num_rows: int) -> float:
-    """CPU time of one chunk, whose last row is the last of a request."""
+    """Return the CPU microseconds per row of one chunk, whose last row is the last of a request."""
     generator = torch.Generator().manual_seed(0)
     logits_NV = torch.randn(num_rows, num_columns, generator=generator) * 3
     labels_N = torch.randint(0, vocab_size, (num_rows,), generator=generator)
@@ -42,10 +45,10 @@ def us_a_row(num_columns: int, vocab_size: int, samples_and_top: tuple[int, int]
 
 
 def main() -> None:
-    """Measure, print a table, keep the figures."""
+    """Measure, print a table, and write the figures to results/."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--num-rows", type=int, default=64, help="rows of a chunk")
-    parser.add_argument("--repeats", type=int, default=15, help="turns, after one that does not count")
+    parser.add_argument("--repeats", type=int, default=15, help="number of turns, after one that does not count")
     flags = parser.parse_args()
     torch.set_num_threads(1)
     taken_us: dict[tuple[str, str, bool], list[float]] = defaultdict(list)

@@ -1,4 +1,4 @@
-"""Pages whose tables are made by a script: each stands between a mark that names script and table, and an end."""
+"""Pages whose tables a script makes: each table is between a mark that names script and table, and an end mark."""
 
 from __future__ import annotations
 
@@ -6,19 +6,19 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean, stdev
 
 END = "<!-- end -->"
-# Student's t, 97.5 %, by degrees of freedom
+# 97.5 % quantiles of Student's t, by degrees of freedom
 _QUANTILES = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
 
 Row = Sequence[str]
 
 
 def mark(script: str, name: str) -> str:
-    """What stands before a table."""
+    """Return the mark before a table."""
     return f"<!-- made by benchmarks/{script}: {name} -->"
 
 
 def with_tables(page: str, script: str, tables: Mapping[str, Sequence[Row]]) -> str:
-    """The page with these tables in the place of those that stand there; a table's first row is its head."""
+    """Return the page with its tables replaced by these, by name; a table's first row is its head."""
     for name, rows in tables.items():
         begin = mark(script, name)
         table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
@@ -28,7 +28,7 @@ def with_tables(page: str, script: str, tables: Mapping[str, Sequence[Row]]) -> 
 
 
 def interval(values: Sequence[float], digits: int, sign: str = "") -> str:
-    """Their mean, and half of its 95 % interval where there are several; `sign` is + where a mean above 0 has one."""
+    """Return the mean and, for several values, half of its 95 % interval; `sign` "+" also puts a sign before a gain."""
     if not values:
         return ""
     mean = f"{fmean(values):{sign}.{digits}f}"

@@ -1,11 +1,11 @@
-"""The losses of axolotl and TRL on rows of a cache, run from their own packages, beside capgap's: gradients and time.
+"""Compare the losses of axolotl and TRL, run from their own packages, with capgap's: gradients and time.
 
 pip install --no-deps --target peers axolotl==0.19.0 trl==1.16.0 liger-kernel==0.8.5
 python benchmarks/peer_losses.py --packages peers --run smol-adapted
 
-Both train on a teacher's top-k tokens: axolotl on those that one brings or a server answers with, TRL on a server's.
-Neither makes a cache, so that their losses are given what one of capgap's holds. Where a gradient is capgap's own, a
-row of benchmarks/quality.py says what a student gains from it; where it is not, a figure says how far it is off.
+Both train on a teacher's top-k tokens: axolotl on the user's own or on a server's, TRL on a server's. Neither makes a
+cache, so their losses are given the targets of a capgap cache. Where a gradient equals one of capgap's, a row of
+benchmarks/quality.py says what a student gains from it; otherwise the figures say how much it differs.
 
 Legend: B sequences, L tokens of each, N rows, K top-k tokens, V vocabulary, H hidden.
 """
@@ -24,7 +24,7 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
-# found beside this file also where Python is told not to look there: -P, PYTHONSAFEPATH
+# added here because Python with -P or PYTHONSAFEPATH does not search the folder of this script
 sys.path.insert(0, str(Path(__file__).parent))
 
 import torch
@@ -40,14 +40,14 @@ TOP_K = 50
 
 
 def main() -> None:
-    """Measure, print, keep."""
+    """Measure, print the figures, and write them to the results."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--packages", type=Path, required=True, help="folder into which pip installed them")
-    parser.add_argument("--run", choices=list(RUNS), default="smol", help="whose student, text and cache are taken")
+    parser.add_argument("--run", choices=list(RUNS), default="smol", help="the run whose models and text are used")
     parser.add_argument("--batches", type=int, default=8)
-    parser.add_argument("--work", type=Path, help="as for benchmarks/quality.py, whose caches are taken")
+    parser.add_argument("--work", type=Path, help="work folder of benchmarks/quality.py, whose caches are used")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder for the figures")
-    parser.add_argument("--smoke", action="store_true", help="at the smallest size, to see that it works")
+    parser.add_argument("--smoke", action="store_true", help="run at the smallest size, to check that everything works")
     flags = parser.parse_args()
     peers = peer_losses(flags.packages)
     figures = measure(begun_bench(flags.work, flags.run, flags.smoke), peers, 2 if flags.smoke else flags.batches)
@@ -59,15 +59,15 @@ def main() -> None:
 
 @dataclass(frozen=True)
 class Rows:
-    """A batch at the head of the student.
+    """A batch as the student's head sees it, with its targets.
 
     Attributes:
-        hidden_BLH: the last hidden states, a leaf.
-        weight_VH: the head, a leaf.
-        targets: the teacher's top-k tokens, as capgap's loss takes them.
-        labels_BL: the real next tokens.
-        ids_BLK: the top-k tokens.
-        logprobs_BLK: the teacher's logprobs of them.
+        hidden_BLH: Last hidden states, a leaf of the autograd graph.
+        weight_VH: Weight of the head, a leaf of the autograd graph.
+        targets: The teacher's top-k tokens in the form that capgap's loss takes.
+        labels_BL: The real next tokens.
+        ids_BLK: Ids of the top-k tokens.
+        logprobs_BLK: The teacher's logprobs of the top-k tokens.
     """
 
     hidden_BLH: Tensor
@@ -83,7 +83,7 @@ Gradients = tuple[Tensor, Tensor]
 
 
 def peer_losses(packages: Path) -> dict[str, Loss]:
-    """By name; each is a mean over the rows."""
+    """Return the other programs' losses by name; each is a mean over the rows, in nats."""
     sys.path.append(str(packages.resolve()))
     _without_start("axolotl", packages)
     axolotl = import_module("axolotl.integrations.kd.kernels.liger").LigerFusedLinearKLTopKLogprobLoss
@@ -91,14 +91,14 @@ def peer_losses(packages: Path) -> dict[str, Loss]:
     trl = import_module("trl.experimental.server_distillation.server_distillation_trainer").ServerDistillationTrainer
 
     def of_axolotl(normalize_topk: bool) -> Loss:
-        # the weights of cross-entropy and KL, temperature and beta of the forward KL, as its trainer hands them on
+        # cross-entropy's weight, KL's weight, temperature and the beta of forward KL, in the order of axolotl's trainer
         loss = axolotl(0.0, 1.0, 1.0, 0.0, compute_ce_loss=False, normalize_topk=normalize_topk, compiled=False)
 
         def run(rows: Rows) -> Tensor:
-            # its data loading scales a teacher's logprobs so
+            # axolotl's data loading scales a teacher's logprobs in this way
             logprobs_BLK = normalize(rows.logprobs_BLK, rows.ids_BLK.shape[-1])
             mask_BLK = torch.ones_like(rows.ids_BLK)
-            # its trainer divides the sum by the number of labels
+            # axolotl's trainer divides the sum by the number of labels
             found: Tensor = loss(
                 rows.weight_VH, rows.hidden_BLH, rows.ids_BLK, logprobs_BLK, mask_BLK, true_labels=rows.labels_BL
             )
@@ -126,10 +126,10 @@ def peer_losses(packages: Path) -> dict[str, Loss]:
 
 
 def measure(bench: Bench, peers: dict[str, Loss], num_batches: int) -> dict[str, Any]:
-    """How far each peer's gradient is from capgap's for every `tail`, and the CPU time of a forward and backward."""
+    """Measure how much each loss's gradient differs from capgap's for every `tail`, and its CPU time."""
     own: dict[str, Loss] = {f"capgap, {tail}": _own(tail) for tail in ("drop", "renorm", "ghost", "label")}
     times_s: dict[str, list[float]] = {name: [] for name in own | peers}
-    # squares of capgap's gradients, and of what peers' differ from them by: sums over batches
+    # squared norms of capgap's gradients, and of the other losses' differences from them, summed over batches
     whole = dict.fromkeys(own, 0.0)
     apart = {name: dict.fromkeys(own, 0.0) for name in peers}
     for rows in _batches(bench, num_batches):
@@ -172,7 +172,7 @@ def _own(tail: Tail) -> Loss:
 
 
 def _batches(bench: Bench, number: int) -> Iterator[Rows]:
-    """The first batches of the trainings, at the student before its first step."""
+    """Yield the first batches of the trainings, with the hidden states of the untrained student."""
     reader = bench.reader(next(arm for arm in arms() if arm.name == f"top-{TOP_K}, ghost"))
     student = bench.student(0)
     weight_VH = student.get_output_embeddings().weight.detach().requires_grad_()
@@ -192,17 +192,17 @@ def _rows(student: Any, weight_VH: Tensor, batch: Batch) -> Rows:
 
 
 def _gradients(loss: Loss, rows: Rows) -> Gradients:
-    """Of the hidden states and of the head."""
+    """Return the loss's gradients of the hidden states and of the head."""
     return torch.autograd.grad(loss(rows), (rows.hidden_BLH, rows.weight_VH))  # type: ignore[return-value]
 
 
 def _squares(*tensors: Tensor) -> float:
-    """The sum of all their squares."""
+    """Return the sum of the squares of all elements."""
     return sum(float(one.double().square().sum()) for one in tensors)
 
 
 def _without_start(name: str, packages: Path) -> None:
-    """Let modules of a package be imported whose own start wants all that it depends on."""
+    """Let a package's modules be imported without its `__init__`, which imports all of its dependencies."""
     for path in (name, f"{name}/integrations", f"{name}/integrations/kd", f"{name}/integrations/kd/kernels"):
         module = ModuleType(path.replace("/", "."))
         module.__path__ = [str(packages.resolve() / path)]

@@ -1,11 +1,12 @@
-"""Students that DistillKit trains from its own captures, beside those of benchmarks/quality.py: a line each.
+"""Train students with DistillKit from its own captures, to compare with benchmarks/quality.py: a line of results each.
 
 python benchmarks/peers.py --distillkit ~/DistillKit --python ~/DistillKit/.venv/bin/python
 
-The teacher, the student before its first step, the tokens, their order and the optimizer's settings are those of
-benchmarks/quality.py --run smol, whose folder of work is read; bytes, capture, loss and training are DistillKit's own
-(benchmarks/distillkit_run.py says what is not). Its capture runs in this environment, which has vLLM, its training with
-`--python`, the one of an environment with its dependencies. A finished training is a line and is not done again.
+The teacher, the untrained student, the tokens, their order and the optimizer's settings are those of
+benchmarks/quality.py --run smol, whose work folder is read. Compression, capture, loss and training are DistillKit's
+own (benchmarks/distillkit_run.py names the exceptions). The capture runs in this environment, which has vLLM; the
+training runs with `--python`, from an environment with DistillKit's dependencies. A finished training is a line and is
+not repeated.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-# found beside this file also where Python is told not to look there: -P, PYTHONSAFEPATH
+# added here because Python with -P or PYTHONSAFEPATH does not search the folder of this script
 sys.path.insert(0, str(Path(__file__).parent))
 
 import pyarrow as pa
@@ -41,7 +42,8 @@ COMPRESSIONS: dict[str, dict[str, Any]] = {
     "budget (k = 50)": {"polynomial_terms": [0, 1, "sqrt"], "exact_k": 1, "k": 50},
 }
 _ALIKE = {"exact_dtype": "bfloat16", "term_dtype": "float32", "residual_bins": [], "delta_encoding": False}
-# By name, the compression and what its loss takes the probability outside the kept tokens for; `zero` is its default.
+# By name: the compression, and how DistillKit's loss treats the probability outside the kept tokens (`zero` by
+# default).
 ARMS = {
     f"DistillKit, {name}, {missing}": (name, missing)
     for missing in ("zero", "symmetric_uniform")
@@ -50,16 +52,16 @@ ARMS = {
 
 
 def main() -> None:
-    """Capture and train what is not in the results."""
+    """Run the captures and trainings that the results lack."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--distillkit", type=Path, required=True, help="a checkout")
-    parser.add_argument("--python", default=sys.executable, help="that has what DistillKit's training needs")
-    parser.add_argument("--run", choices=list(RUNS), default="smol", help="whose models and text are taken")
+    parser.add_argument("--distillkit", type=Path, required=True, help="folder of a checkout of DistillKit")
+    parser.add_argument("--python", default=sys.executable, help="a Python with DistillKit's dependencies")
+    parser.add_argument("--run", choices=list(RUNS), default="smol", help="the run whose models and text are used")
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS), metavar="NAME")
     parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--work", type=Path, help="as for benchmarks/quality.py, whose caches are taken")
+    parser.add_argument("--work", type=Path, help="work folder of benchmarks/quality.py, whose caches are used")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder for the lines")
-    parser.add_argument("--smoke", action="store_true", help="at the smallest size, to see that it works")
+    parser.add_argument("--smoke", action="store_true", help="run at the smallest size, to check that everything works")
     flags = parser.parse_args()
     bench = begun_bench(flags.work, flags.run, flags.smoke)
     peer = DistillKit(bench, flags.distillkit.resolve(), flags.python, bench.work.resolve() / "distillkit")
@@ -74,22 +76,22 @@ def main() -> None:
 
 
 class DistillKit:
-    """Drives a checkout on the models and rows of a bench.
+    """Runs a checkout of DistillKit on the models and rows of a bench.
 
     Attributes:
-        commit: of the checkout.
+        commit: Short commit hash of the checkout.
     """
 
     def __init__(self, bench: Bench, checkout: Path, python: str, work: Path) -> None:
         command = ["git", "-C", str(checkout), "rev-parse", "--short", "HEAD"]
         self.commit = subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
         self._bench, self._checkout, self._python, self._work = bench, checkout, python, work
-        # cross-entropy is about the text alone: every arm reads these sequences
+        # every arm reads the same sequences, so the reader of any arm gives the text
         self._reader = bench.reader(next(arm for arm in arms() if arm.name == CROSS_ENTROPY))
         self._length = self._reader.shard_set.seq_len
 
     def train(self, arm: str, seed: int, heldout: Heldout) -> dict[str, Any]:
-        """One line of the results, but for what it is about."""
+        """Train one student, and return its line of the results without `about` and `machine`."""
         name, missing = ARMS[arm]
         captures, captured = self._captures(name)
         rows = self._rows(seed)
@@ -100,7 +102,7 @@ class DistillKit:
         config.write_text(yaml.safe_dump(self._training(seed, folder, captures, missing)))
         trained = self._start(self._python, "train", config=config)
         model = self._bench.student(seed)
-        model.load_state_dict(_weights(folder / "student"), strict=False)  # tied weights are there once
+        model.load_state_dict(_weights(folder / "student"), strict=False)  # tied weights are stored once
         num_rows = self._settings().max_tokens // self._length
         shutil.rmtree(folder)
         return (
@@ -115,14 +117,14 @@ class DistillKit:
         )
 
     def _captures(self, name: str) -> tuple[Path, dict[str, Any]]:
-        """The folder of a capture, made if it is not, and what it took."""
+        """Return the folder of a capture, which is made if it is missing, with its bytes and seconds."""
         folder = self._work / f"captures-{name.split()[0]}"
         kept = folder / "taken.json"
         if not kept.is_file():
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True)
             config = folder / "asked.yaml"
-            # the capture puts its own vocabulary in the place of d
+            # the capture replaces d by the size of its vocabulary
             config.write_text(yaml.safe_dump(COMPRESSIONS[name] | _ALIKE | {"d": 1}))
             teacher = self._bench.teacher_folder
             found = self._start(
@@ -133,7 +135,7 @@ class DistillKit:
         return folder, json.loads(kept.read_text())
 
     def _rows(self, seed: int) -> Path:
-        """What a training of a seed sees, in its order: the tokens of each sequence, the last one's label included."""
+        """Write the sequences of one seed's training, in its order, each with its last label; return the file."""
         settings = self._settings()
         path = self._work / f"rows-{seed}.parquet"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -150,7 +152,7 @@ class DistillKit:
         return path
 
     def _training(self, seed: int, folder: Path, captures: Path, missing: str) -> dict[str, Any]:
-        """Its run file: the optimizer's settings are those of the bench."""
+        """Return DistillKit's run file, with the optimizer's settings of the bench."""
         settings = self._settings()
         num_steps = settings.max_tokens // self._length // settings.batch_sequences
         return {
@@ -190,7 +192,7 @@ class DistillKit:
         }
 
     def _student(self, seed: int, folder: Path) -> Path:
-        """Before its first step, with the teacher's tokenizer, as releases of transformers before 5 read them."""
+        """Write the untrained student with the teacher's tokenizer, for releases of transformers before 5."""
         self._bench.student(seed).save_pretrained(folder)
         config = json.loads((folder / "config.json").read_text())
         config |= config.pop("rope_parameters", {})
@@ -203,7 +205,7 @@ class DistillKit:
         return folder
 
     def _start(self, python: str, what: str, **flags: object) -> dict[str, Any]:
-        """A command of benchmarks/distillkit_run.py; the JSON with which it ends."""
+        """Run a command of benchmarks/distillkit_run.py, and return the JSON that it prints last."""
         script = Path(__file__).with_name("distillkit_run.py")
         words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
         command = [python, str(script), what, "--distillkit", str(self._checkout), *words]

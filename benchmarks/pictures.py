@@ -1,8 +1,8 @@
-"""Pictures of pages as a phone and a desk show them, light and dark, for whoever wants to look at them.
+"""Take pictures of pages as a phone and a desktop computer show them, in light and dark, for a reader to look at.
 
     python benchmarks/pictures.py FOLDER README.md runs/demo/report/report.html site/quickstart/index.html
 
-A Markdown file is shown about as GitHub would show it. Needs chromium on the PATH; nothing is fetched.
+A Markdown file is shown about as GitHub shows it. This needs chromium on the PATH, and fetches nothing.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 WIDTHS = {"phone": 390, "desk": 1440}
 SCHEMES = ("light", "dark")
 
-# the sizes and colours of GitHub's pages of a repository, as far as they decide what fits and what can be read
+# the sizes and colours of GitHub's repository pages that decide what fits and what is readable
 _LIKE_GITHUB = """<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>{title}</title><base href="{base}"><style>
@@ -43,7 +43,7 @@ img {{ max-width: 100%; }}
 
 
 def like_github(page: Path) -> str:
-    """A Markdown file as a page of HTML, whose links and pictures are found beside the file."""
+    """Return a Markdown file as a page of HTML, whose links and pictures are relative to the file."""
     from markdown_it import MarkdownIt
 
     markdown = MarkdownIt("gfm-like", {"linkify": False, "html": True})
@@ -56,7 +56,7 @@ def like_github(page: Path) -> str:
 
 
 def slug(heading: str) -> str:
-    """The anchor of a heading, as GitHub and the site make it."""
+    """Return the anchor of a heading, as GitHub and the site make it."""
     return re.sub(r"\s+", "-", re.sub(r"[^\w\s-]", "", heading.lower()).strip())
 
 

@@ -1,4 +1,4 @@
-"""The measured tables that `capgap plan` goes by, gathered from benchmarks/results into the package.
+"""Gather the measured tables that `capgap plan` uses from benchmarks/results into the package.
 
 python benchmarks/plan_tables.py        after new figures of benchmarks/store.py or benchmarks/corpus_sizes.py
 """
@@ -14,12 +14,12 @@ RESULTS = Path(__file__).parent / "results"
 TABLE = Path(__file__).parents[1] / "pipeline" / "plan" / "measured.json"
 
 CODECS, CORPUS = "store-codecs-amd-epyc.json", "corpus-sizes-amd-epyc.json"
-# a small vocabulary, and a teacher that is hardly sharper than the text: the largest token of all
+# the demo has a small vocabulary and a flat teacher, and takes the most bytes per token of all
 DEMO, DEMO_VOCAB_SIZE = "demo-3-seeds-amd-epyc.json", 4096
 
 
 def table() -> dict[str, Any]:
-    """What the kept results say of a token's size."""
+    """Return the measured bytes per token from the results."""
     codecs = json.loads((RESULTS / CODECS).read_text())["figures"]
     corpus = json.loads((RESULTS / CORPUS).read_text())["figures"]
     demo = json.loads((RESULTS / DEMO).read_text())["figures"]["cache_bytes_per_token"]

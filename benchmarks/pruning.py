@@ -1,12 +1,12 @@
-"""What a student gains from starting as its teacher, pruned: at equal tokens, by score and by shape.
+"""What a student gains from starting as its pruned teacher, at equal tokens, for several scores and shapes.
 
-python benchmarks/pruning.py              every training that is not made yet, then the table; kept in results/
-python benchmarks/pruning.py --smoke      the same at the smallest size, to see that it works
+python benchmarks/pruning.py              every training that is missing, then the table; kept in results/
+python benchmarks/pruning.py --smoke      the same at the smallest size, to check that it works
 
-One teacher, one cache, one pass of the same tokens for every student; the seeds are the order of the data, and for
-fresh weights and random scores those too. `width` and `depth` have as many parameters beside the embedding, to within
-1 %, and `fresh` is of the shape of `width`. Every student is trained at each rate, and a start is judged at its
-own best one. Everything is stages of ordinary run files: what is made is not made again.
+There is one teacher, one cache, and one pass over the same tokens for every student. The seed decides the order of the
+data, fresh weights and random scores. `width` and `depth` have the same number of parameters outside the embedding, to
+within 1 %, and `fresh` has the shape of `width`. Every start is trained at each learning rate, and compared at its best
+one. Everything is made by stages of ordinary run files, so finished stages are not made again.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-# found beside this file also where Python is told not to look there: -P, PYTHONSAFEPATH
+# added here because Python with -P or PYTHONSAFEPATH does not search the folder of this script
 sys.path.insert(0, str(Path(__file__).parent))
 
 from machine import RESULTS, keep
@@ -41,7 +41,7 @@ STARTS: dict[str, dict[str, Any]] = {
     "depth, loss": {"prune": DEPTH | {"layers": "loss"}},
     "depth, first and last": {"prune": DEPTH | {"layers": "first_and_last"}},
 }
-# First the better one is expected, then the other.
+# Pairs of starts: the one that is expected to be better, and the one that it is compared with.
 CLAIMS = (
     ("width, activation", "fresh"),
     ("width, activation", "width, random"),
@@ -52,15 +52,15 @@ CLAIMS = (
 
 
 def main() -> None:
-    """Make what is missing, print the table, keep the figures."""
+    """Make what is missing, print the table, and write the figures to the results."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--teacher-tokens", type=int, default=1_000_000)
-    parser.add_argument("--tokens", type=int, default=131_072, help="that every student sees")
+    parser.add_argument("--tokens", type=int, default=131_072, help="tokens that every student sees")
     parser.add_argument("--learning-rates", type=float, nargs="+", default=[1e-3, 3e-3])
     parser.add_argument("--work", type=Path, default=Path("runs/pruning"))
     parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--smoke", action="store_true", help="at the smallest size, to see that it works")
+    parser.add_argument("--smoke", action="store_true", help="run at the smallest size, to check that everything works")
     flags = parser.parse_args()
     if flags.smoke:
         flags.seeds, flags.teacher_tokens, flags.tokens, flags.learning_rates = 1, 8192, 4096, [1e-3]
@@ -77,7 +77,7 @@ def main() -> None:
 
 
 def _rows(name: str, flags: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """One for each training of a start, with what was measured before it and after it."""
+    """Yield a row for each training of a start, with the figures from before and after the training."""
     run = _run(name, flags)
     totals: dict[int, dict[str, Any]] = {}
     for instance in instances(run):
@@ -105,7 +105,7 @@ def _rows(name: str, flags: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 
 def _run(name: str, flags: argparse.Namespace) -> RunFile:
-    """The run file of a start; all of them share corpus, teacher and cache."""
+    """Return the run file of a start; all starts share corpus, teacher and cache, which are made first."""
     shared = flags.work / "shared"
     settings: dict[str, Any] = {
         "name": "pruning",
@@ -132,14 +132,14 @@ def _run(name: str, flags: argparse.Namespace) -> RunFile:
 
 
 def _best(name: str, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A start's trainings at the learning rate of its lowest mean loss, by seed."""
+    """Return a start's trainings, by seed, at the learning rate with its lowest mean loss."""
     mine = [row for row in rows if row["start"] == name]
     by_rate = [[row for row in mine if row["learning_rate"] == rate] for rate in {row["learning_rate"] for row in mine}]
     return min(by_rate, key=lambda its: statistics.fmean(row["loss"] for row in its))
 
 
 def _claim(one: str, other: str, best: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
-    """By how much the loss of the second is above that of the first, seed by seed."""
+    """Return how much higher the second start's loss is than the first's, seed by seed."""
     gains = [b["loss"] - a["loss"] for a, b in zip(best[one], best[other], strict=True)]
     words = f"{one} against {other}: {statistics.fmean(gains):+.4f} nats, by seed {[round(gain, 4) for gain in gains]}"
     return {"first": one, "second": other, "gains": gains, "words": words}

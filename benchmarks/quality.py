@@ -1,15 +1,15 @@
-"""How much of what distillation gains each recording keeps, at its bytes per token.
+"""How much of the gain from distillation each recording keeps, at its bytes per token.
 
 python benchmarks/quality.py                   on the demo: every training that is not in the results, then the table
 python benchmarks/quality.py --run smol        on a real language model, which `make smol` fetches
-python benchmarks/quality.py --run smol-adapted    the same with a teacher that has learnt from such text
+python benchmarks/quality.py --run smol-adapted    the same with a teacher that was adapted to such text
 python benchmarks/quality_page.py PAGE ...     put the tables into pages, between their marks
-python benchmarks/quality.py --smoke           the same at the smallest size, to see that it works
+python benchmarks/quality.py --smoke           the same at the smallest size, to check that it works
 
 Every training of a seed starts from the same weights, sees the same sequences in the same order and takes as many
 steps; only the targets differ. The gain is the fall of the held-out loss from cross-entropy alone to online
-distillation over the whole vocabulary, paired by seed. A finished training is a line of the results, and is not done
-again; one that was killed goes on from its last checkpoint.
+distillation over the whole vocabulary, paired by seed. A finished training is a line of the results, and is not
+repeated; a killed one continues from its last checkpoint.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-# found beside this file also where Python is told not to look there: -P, PYTHONSAFEPATH
+# added here because Python with -P or PYTHONSAFEPATH does not search the folder of this script
 sys.path.insert(0, str(Path(__file__).parent))
 
 import torch
@@ -59,20 +59,20 @@ NUM_TOKENS_IN_SMOKE = 4_096
 
 
 def main() -> None:
-    """Make what is missing, training by training, and print the table."""
+    """Run the trainings that the results lack, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--only-seed", type=int, help="of them this one alone: a process each may share the work")
-    parser.add_argument("--run", choices=list(RUNS), default="demo", help="whose models and text are taken")
-    parser.add_argument("--tokens", type=int, help="that every student sees; default: the run's")
-    parser.add_argument("--work", type=Path, help="caches, and trainings at work; default: runs/quality-RUN")
+    parser.add_argument("--only-seed", type=int, help="train this seed only, so that several processes share the work")
+    parser.add_argument("--run", choices=list(RUNS), default="demo", help="the run whose models and text are used")
+    parser.add_argument("--tokens", type=int, help="tokens that every student sees; default: the run's")
+    parser.add_argument("--work", type=Path, help="folder of the caches and trainings; default: runs/quality-RUN")
     parser.add_argument("--results", type=Path, help="default: benchmarks/results/quality-RUN.jsonl")
-    parser.add_argument("--smoke", action="store_true", help="at the smallest size, to see that it works")
+    parser.add_argument("--smoke", action="store_true", help="run at the smallest size, to check that everything works")
     flags = parser.parse_args()
     results = Results(flags.results or RESULTS / f"quality-{flags.run}.jsonl")
     bench = begun_bench(flags.work, flags.run, flags.smoke, flags.tokens)
     with bench.teacher_on_heldout() as heldout:
-        # a row of the table is done at every seed before the next one is begun
+        # all seeds of one arm come before the next arm
         for arm, seed in itertools.product(arms(RUNS[flags.run].few), range(flags.seeds)):
             if flags.only_seed in (None, seed) and not results.has(arm.name, seed, bench.about):
                 results.add(bench.train(arm, seed, heldout))
@@ -82,7 +82,7 @@ def main() -> None:
 
 
 def begun_bench(work: Path | None, name: str, smoke: bool, num_tokens: int | None = None) -> Bench:
-    """The bench of a run, for this process to train with; its folder is `runs/quality-RUN` where none is named."""
+    """Return the bench of a run, and prepare this process to train; `work` is `runs/quality-RUN` by default."""
     keep_freed_memory()
     work = work or Path(f"runs/quality-{name}")
     os.environ.setdefault("CAPGAP_LEASE_DIR", str((work / "leases").resolve()))
@@ -90,7 +90,7 @@ def begun_bench(work: Path | None, name: str, smoke: bool, num_tokens: int | Non
 
 
 def taken(name: str, smoke: bool, num_tokens: int | None = None) -> tuple[dict[str, Any], int]:
-    """The settings of a run, and the tokens of every training."""
+    """Return the settings of a run, and the number of tokens of every training."""
     if smoke:
         return yaml.safe_load((ROOT / "tests/assets/tiny.yaml").read_text()), num_tokens or NUM_TOKENS_IN_SMOKE
     run = yaml.safe_load((ROOT / f"jobs/runs/{RUNS[name].file}.yaml").read_text())
@@ -100,7 +100,7 @@ def taken(name: str, smoke: bool, num_tokens: int | None = None) -> tuple[dict[s
 
 @dataclass(frozen=True)
 class Heldout:
-    """Held-out sequences, and the teacher's logprobs of the first of them."""
+    """Held-out sequences, the teacher's logprobs of the first `num_full` of them, and its loss in nats/token."""
 
     sequences: Sequences
     spool: Spool
@@ -109,21 +109,21 @@ class Heldout:
 
 
 class Bench:
-    """Makes caches as they are needed, and students from them.
+    """Makes caches when they are needed, and trains students from them.
 
     Args:
-        work: folder for all of it.
-        run: a run file, whose corpus, teacher, student and training are taken.
-        num_tokens: of every training.
+        work: Folder of the caches and trainings.
+        run: A run file, whose corpus, teacher, student and training are used.
+        num_tokens: Number of tokens of every training.
 
     Attributes:
-        work: the folder.
-        settings: of every training.
-        about: what lines of results are about; only lines about the same may be compared.
+        work: Folder of the caches and trainings.
+        settings: Settings of every training.
+        about: The settings that decide a line of the results; only lines with equal ones may be compared.
     """
 
     def __init__(self, work: Path, run: dict[str, Any], num_tokens: int) -> None:
-        # trainings are no part of the run whose stages are made, so that it need not say from which recording they are
+        # without trainings, the run file need not say which recording they use
         self.work, self._run = (
             work,
             {name: part for name, part in run.items() if name not in ("train", "arms", "eval")},
@@ -146,7 +146,7 @@ class Bench:
 
     @contextmanager
     def teacher_on_heldout(self) -> Iterator[Heldout]:
-        """The teacher's distributions on held-out text, on disk while students are measured."""
+        """Keep the teacher's distributions on held-out text on disk while students are measured."""
         settings = self._eval
         heldout = self._corpus.manifest.shard_sets["heldout"]
         sequences = first_sequences(self._corpus.path, heldout, settings.num_sequences)
@@ -158,7 +158,7 @@ class Bench:
             yield Heldout(sequences, spool, num_full, nats)
 
     def train(self, arm: Arm, seed: int, heldout: Heldout) -> dict[str, Any]:
-        """One line of the results."""
+        """Train and measure one student, and return its line of the results."""
         reader = self.reader(arm)
         name = f"{arm.name} seed {seed}".replace(",", "").replace(" ", "-")
         folder = self.work / "train" / name
@@ -183,7 +183,7 @@ class Bench:
             ),
         )
         wall_s, cpu_s = time.perf_counter() - started, time.process_time() - cpu_started
-        shutil.rmtree(folder)  # its checkpoints have served
+        shutil.rmtree(folder)  # its checkpoints are not needed any more
         return {
             "arm": arm.name,
             "seed": seed,
@@ -191,7 +191,7 @@ class Bench:
             "bytes_per_token": None if arm.alpha == 0 or arm.online else _bytes_per_token(reader),
             "ids_per_token": None if arm.alpha == 0 or arm.online else _ids_per_token(reader),
             "num_steps": totals["num_steps"],
-            # of a training that goes on from a checkpoint this process has seen a part
+            # this process has only timed a part of a training that continued from a checkpoint
             "wall_s": round(wall_s, 1) if is_whole else None,
             "cpu_s": round(cpu_s, 1) if is_whole else None,
             "about": self.about,
@@ -199,7 +199,7 @@ class Bench:
         }
 
     def measured(self, name: str, model: PreTrainedModel, heldout: Heldout) -> dict[str, Any]:
-        """What a line says of a trained student."""
+        """Return the figures of a trained student for its line of the results."""
         comparison = Comparison(heldout.spool)
         loss = self._score(model.eval(), heldout.sequences, comparison.add, heldout.num_full)
         against = comparison.result(name).model_dump()
@@ -207,11 +207,11 @@ class Bench:
 
     @property
     def teacher_folder(self) -> str:
-        """Where its weights are."""
+        """Folder of the teacher's weights."""
         return str(model_path(self._teacher))
 
     def teacher(self) -> PreTrainedModel:
-        """It, anew, in the dtype in which it made the caches."""
+        """Load the teacher in the dtype in which it made the caches."""
         dtype = getattr(torch, self._dtype["dtype"]) if self._dtype else None
         return load_model(model_path(self._teacher), "cpu", dtype)
 
@@ -220,7 +220,7 @@ class Bench:
         return int(self._corpus.manifest.facts["tokenizer"]["vocab_size"])  # type: ignore[index,call-overload,arg-type]
 
     def reader(self, arm: Arm) -> ShardReader:
-        """The cache that an arm learns from, made if it is not."""
+        """Return a reader of the cache that an arm learns from, which is made if it is missing."""
         cache = self._cache(arm.cache)
         reader = ShardReader(cache.path, cache.manifest.shard_sets[arm.recording])
         if not arm.independent:
@@ -238,7 +238,7 @@ class Bench:
         )
 
     def student(self, seed: int) -> PreTrainedModel:
-        """As the student stage makes it, fresh or pruned, before its first step."""
+        """Return the student before its first step, as the student stage makes it."""
         inputs = {"corpus": self._corpus, "teacher": self._teacher, "cache": self._cache("50")}
         reuse = {name: str(there.path) for name, there in inputs.items()}
         run = RunFile.model_validate(self._run | {"out": str(self.work / "students"), "reuse": reuse, "seeds": [seed]})
@@ -262,7 +262,7 @@ def _bytes_per_token(reader: ShardReader) -> float:
 
 
 def _ids_per_token(reader: ShardReader) -> float:
-    """Distinct ids of a row, on average over the first member."""
+    """Return the mean number of distinct ids per row in the first member."""
     _, targets = reader.read_member(0, 0)
     if isinstance(targets, SampledTargets):
         return round(float(targets.num_ids_BL.mean()), 2)

@@ -1,4 +1,4 @@
-"""What is trained: each recording, each way to treat what it left out, between cross-entropy and the whole teacher."""
+"""The arms of benchmarks/quality.py: each recording and each treatment of its tail, cross-entropy, and online."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any, Literal
 from capgap.kernels.sparse_kl import Tail
 
 CROSS_ENTROPY, ONLINE = "cross-entropy", "online, whole vocabulary"
-NUM_FIRST = 6  # of the arms: what the goal is about
+NUM_FIRST = 6  # number of the first arms, which the project's goal compares
 TAILS: tuple[Tail, ...] = ("drop", "renorm", "ghost", "label")
 TOP_KS = (12, 50, 64, 100)
 
@@ -18,10 +18,10 @@ class Run:
     """Models and text of a table.
 
     Attributes:
-        file: whose corpus, teacher, student and training are taken.
-        num_tokens: of every training: one pass over the first shards of the cache.
-        changes: by section of the file, what is otherwise here.
-        few: only the arms that tell whether distillation lowers the loss on the text, and other programs' losses.
+        file: Name of the run file whose corpus, teacher, student and training are used.
+        num_tokens: Number of tokens of every training, which is one pass over the first shards of the cache.
+        changes: Settings that differ from the file, by section.
+        few: Whether to train only the arms of `arms(few=True)`.
     """
 
     file: str
@@ -30,13 +30,13 @@ class Run:
     few: bool = False
 
 
-# There are a hundred trainings here where the run file has three: what makes each shorter, for all alike.
+# Changes that make every training shorter: the run file is meant for three trainings, and here are a hundred.
 _SHORTER: dict[str, dict[str, Any]] = {
     "cache": {"dtype": "bfloat16"},
     "train": {"precision": "bf16-mixed", "compile": True, "num_validation_sequences": 1},
     "eval": {"num_sequences": 32, "num_full_sequences": 32},
 }
-# In float32 throughout: a table of its own, which a processor without products in 16 bits makes too.
+# Everything is float32, so that a processor without 16-bit products can make this table too.
 _ADAPTED: dict[str, dict[str, Any]] = {
     "teacher": {
         "adapt": {"learning_rate": 1e-4, "batch_sequences": 4, "max_tokens": 102_400, "compile": True},
@@ -56,13 +56,13 @@ class Arm:
     """One way to train a student.
 
     Attributes:
-        name: in the table.
-        cache: which of `CACHES` it learns from; every one holds the same sequences.
-        recording: of that cache.
-        alpha: 0 is cross-entropy alone.
-        tail: see `linear_sparse_kl`; None is the recording's own.
-        online: the teacher itself in the place of the cache's targets.
-        independent: the samples are taken anew, each by itself, instead of all by one offset.
+        name: Name in the table.
+        cache: Name of the cache in `CACHES` that it learns from; all caches hold the same sequences.
+        recording: Recording of that cache.
+        alpha: Weight of the teacher in the loss; 0 is cross-entropy alone.
+        tail: How the tail is treated (the argument of `linear_sparse_kl`); None for the recording's default.
+        online: Whether the teacher itself is asked instead of the cache's targets.
+        independent: Whether the samples are drawn independently, instead of systematically from one offset.
     """
 
     name: str
@@ -74,8 +74,8 @@ class Arm:
     independent: bool = False
 
 
-# One pass of the teacher each; by name, the settings of the cache stage. Where two recordings come from one pass, they
-# are stored apart, and their bytes are counted apart.
+# Settings of the cache stage, by name; each cache is one pass of the teacher. Two recordings of one pass are stored and
+# counted separately.
 CACHES: dict[str, dict[str, Any]] = {
     "6": {"recording": "sampled", "num_samples": 6},
     "12": {"recording": "both", "num_samples": 12, "top_k": 12},
@@ -85,15 +85,15 @@ CACHES: dict[str, dict[str, Any]] = {
     "64 compact": {"recording": "topk", "top_k": 64, "profile": "compact"},
     "64 small": {"recording": "topk", "top_k": 64, "profile": "small"},
 }
-# Of what each number of top-k tokens is kept with.
+# The cache that holds each number of top-k tokens.
 _CACHE_OF = {12: "12", 50: "50", 64: "25", 100: "100"}
 
 
 def arms(few: bool = False) -> list[Arm]:
-    """In the order of the table; the goal is about the first ones.
+    """Return the arms in the order of the table; the project's goal compares the first `NUM_FIRST` of them.
 
     Args:
-        few: only cross-entropy, online and 50 samples, at every alpha, and the losses that other programs have.
+        few: Only return cross-entropy, online and 50 samples at every alpha, and the losses of other programs.
     """
     if few:
         beside = [_sampled(50), *(_topk(50, tail) for tail in ("ghost", "renorm"))]

@@ -1,6 +1,6 @@
-"""The lines of benchmarks/quality.py as tables and as a picture: shares of the gain, paired by seed.
+"""Tables and a picture of the results of benchmarks/quality.py: shares of the gain, paired by seed.
 
-python benchmarks/quality_page.py docs/quality.md README.md    fill in the tables whose marks stand there
+python benchmarks/quality_page.py docs/quality.md README.md    fill in the tables whose marks are in the pages
 python benchmarks/quality_page.py --picture docs/quality.svg   draw the shares over the bytes per token
 
 Legend: S seeds.
@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-# found beside this file also where Python is told not to look there: -P, PYTHONSAFEPATH
+# added here because Python with -P or PYTHONSAFEPATH does not search the folder of this script
 sys.path.insert(0, str(Path(__file__).parent))
 
 from machine import RESULTS, every_kept
@@ -40,7 +40,7 @@ _HEAD = (
     "seeds",
 )
 _SAMPLED = "sampled, n = {}, systematic"
-# of README's table: columns and rows
+# columns and rows of README's table
 _IN_SHORT = (0, 1, 3, 5, 6, 7)
 _ARMS_IN_SHORT = [
     CROSS_ENTROPY,
@@ -55,11 +55,11 @@ _MARKERS = "D^vP"
 
 
 def main() -> None:
-    """Write the pages anew, and the picture."""
+    """Write the pages with their tables filled in, and the picture."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("pages", nargs="*", type=Path, help="Markdown with marks of tables")
     parser.add_argument("--picture", type=Path, help="an SVG file to write")
-    parser.add_argument("--run", choices=list(RUNS), default="smol", help="of the picture")
+    parser.add_argument("--run", choices=list(RUNS), default="smol", help="run of the picture")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of what benchmarks/quality.py kept")
     flags = parser.parse_args()
     for page in flags.pages:
@@ -69,7 +69,7 @@ def main() -> None:
 
 
 def filled(page: str, results: Path) -> str:
-    """The page with those of the tables whose marks stand in it."""
+    """Return the page with the tables filled in whose marks it has."""
     tables: dict[str, Sequence[Row]] = {}
     for run in RUNS:
         lines = kept(results, run)
@@ -89,12 +89,12 @@ def filled(page: str, results: Path) -> str:
 
 
 def kept(results: Path, run: str) -> list[Line]:
-    """The lines of a run's largest measurement."""
+    """Return the lines of a run's largest measurement."""
     return one_measurement(Results(results / f"quality-{run}.jsonl").lines)
 
 
 def table(lines: list[Line], names: list[str] | None = None) -> list[Row]:
-    """A row an arm, of these names or all of `arms`; what follows +- is the standard error over seeds."""
+    """Return one row per arm of these names (by default, of `arms`); after +- follows the standard error over seeds."""
     rows: list[Row] = [_HEAD, ("---", *["---:"] * (len(_HEAD) - 1))]
     for name in names or [arm.name for arm in arms()]:
         own = [one for one in lines if one["arm"] == name]
@@ -115,7 +115,7 @@ def table(lines: list[Line], names: list[str] | None = None) -> list[Row]:
 
 
 def losses_table(kept_losses: Iterable[tuple[str, Any]]) -> list[Row]:
-    """A row a machine and loss of benchmarks/peer_losses.py, with that of capgap whose gradient is nearest."""
+    """Return one row per machine and loss of benchmarks/peer_losses.py, with the capgap loss of nearest gradient."""
     head = ("loss", "nearest of capgap's", "gradient differs by", "CPU s", "machine")
     rows: list[Row] = [head, ("---", "---", "---:", "---:", "---")]
     for device, content in kept_losses:
@@ -127,7 +127,7 @@ def losses_table(kept_losses: Iterable[tuple[str, Any]]) -> list[Row]:
 
 
 def shares(lines: list[Line], arm: str, value: Callable[[Line], float]) -> list[float]:
-    """Of the fall from cross-entropy to online, how much the arm has: one a seed that has all three."""
+    """Return the arm's share of the fall from cross-entropy to online, for each seed that has all three arms."""
     by = {(one["arm"], one["seed"]): value(one) for one in lines}
     found = []
     for seed in sorted({seed for _, seed in by}):
@@ -138,12 +138,12 @@ def shares(lines: list[Line], arm: str, value: Callable[[Line], float]) -> list[
 
 
 def kl_of(line: Line) -> float:
-    """The KL to the teacher that a training ended with."""
+    """Return the KL to the teacher after a training, in nats/token."""
     return float(line["against_teacher"]["kl"])
 
 
 def picture(lines: list[Line]) -> str:
-    """An SVG file: what each recording that has all seeds keeps of the fall in KL, over its bytes per token."""
+    """Return an SVG file: each recording's share of the fall in KL over its bytes per token, if it has all seeds."""
     num_seeds = len(shares(lines, ONLINE, kl_of))
     points = {
         arm.name: (own[0]["bytes_per_token"], 100 * statistics.fmean(shares(lines, arm.name, kl_of)))
@@ -173,7 +173,7 @@ def picture(lines: list[Line]) -> str:
             )
         for number in _NUM_SAMPLES:
             if (point := points.get(_SAMPLED.format(number))) is not None:
-                # the last one stands beside its point, where the one before it has no words
+                # the last label stands to the right of its point, where no other label is
                 place = (6, -3) if number == _NUM_SAMPLES[-1] else (5, -9)
                 axes.annotate(f"n = {number}", point, place, textcoords="offset points", color=INK)
         for k in TOP_KS:
@@ -183,7 +183,7 @@ def picture(lines: list[Line]) -> str:
                 axes.annotate(f"k = {k}", highest, (0, 6), textcoords="offset points", color=INK, ha="center")
         top = axes.get_xlim()[1]
         axes.annotate("the teacher asked at each token", (top, 100), (-4, 3), textcoords="offset points", ha="right")
-        axes.set_ylim(top=107)  # that those words stand above all points
+        axes.set_ylim(top=107)  # room for these words above all points
         axes.set_xlabel("bytes per token of the cache")
         axes.set_ylabel("share of the fall in KL, %")
         legend(figure, axes)

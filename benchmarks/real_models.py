@@ -1,12 +1,12 @@
-"""Two real language models as Hugging Face folders, and real text, made of packages of the index: no model hub.
+"""Make two real language models and real text from Python packages, without a model hub.
 
 python benchmarks/real_models.py                   all of it, 350 MB, into runs/real-models or CAPGAP_REAL_MODELS
 python benchmarks/real_models.py NAME ...          some of it: SmolLM2-135M-Instruct, gemma-3-270m, django-documentation
 
-SmolLM2-135M-Instruct (Apache-2.0; 49,152 ids) and Gemma 3 270M (its own terms, which lie in its packages; 262,144 ids)
-come as GGUF's weights of 4 bits and are made whole again: real models, a little worse than the originals. The text is
-the documentation of Django 5.2 (BSD licence): 641 files of English technical prose, 6 MB, 1.5 million tokens. Reading
-GGUF takes the package `gguf`, which `make` installs where it is needed.
+SmolLM2-135M-Instruct (Apache-2.0; 49,152 ids) and Gemma 3 270M (terms of its own, included in its packages; 262,144
+ids) come as 4-bit GGUF weights, which are dequantised into Hugging Face folders: real models, a little worse than the
+originals. The text is the documentation of Django 5.2 (BSD licence): 641 files of English technical prose, 6 MB, 1.5
+million tokens. Reading GGUF needs the package `gguf`, which `make` installs where it is needed.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ DOCUMENTATION, DOCUMENTED = "django-documentation", "Django==5.2.8"
 
 
 def main() -> None:
-    """Fetch what is missing and say where it lies."""
+    """Fetch what is missing, and print the folders."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     every = [*MODELS, DOCUMENTATION]
     parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(every))
@@ -50,7 +50,7 @@ def main() -> None:
 
 
 def real_model(name: str, folder: Path = FOLDER) -> Path:
-    """The folder of one of the models, by its name; fetched where it is missing."""
+    """Return the folder of the named model, which is fetched if it is missing."""
     made = folder / name
     if not made.exists():
         with _scratch(folder) as scratch:
@@ -60,7 +60,7 @@ def real_model(name: str, folder: Path = FOLDER) -> Path:
 
 
 def documentation(folder: Path = FOLDER) -> Path:
-    """A folder of English text files; fetched where it is missing."""
+    """Return a folder of English text files, which is fetched if it is missing."""
     made = folder / DOCUMENTATION
     if not made.exists():
         with _scratch(folder) as scratch:
@@ -79,7 +79,7 @@ def documentation(folder: Path = FOLDER) -> Path:
 
 @contextmanager
 def _scratch(folder: Path) -> Iterator[Path]:
-    """A folder beside what is made in it, so that it is there whole or not at all."""
+    """Make a temporary folder in `folder`, so that what is made in it can be moved into place in one step."""
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as name:
         yield Path(name)
@@ -91,7 +91,7 @@ def _download(folder: Path, *arguments: str) -> None:
 
 
 def _gguf(packages: tuple[str, ...], scratch: Path) -> Path:
-    """The GGUF file of these packages, whose parts follow each other by name."""
+    """Return the GGUF file of these packages, whose parts are joined in the order of their names."""
     _download(scratch, *packages)
     for wheel in scratch.glob("*.whl"):
         with zipfile.ZipFile(wheel) as opened:
@@ -109,7 +109,7 @@ def _convert(gguf: Path, folder: Path) -> None:
     read = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     config = read.config
     if hasattr(config, "quantization_config"):
-        del config.quantization_config  # the weights are whole now
+        del config.quantization_config  # the weights are no longer quantised
     model = type(read)(config)
     model.load_state_dict(read.state_dict())
     model.to(torch.bfloat16).save_pretrained(folder)

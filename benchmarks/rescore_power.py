@@ -1,15 +1,15 @@
-"""How often `capgap verify --rescore` tells a teacher apart that has moved, and how often it takes a sound one for one.
+"""How often `capgap verify --rescore` detects that a teacher has changed, and how often it rejects an unchanged one.
 
-python benchmarks/rescore_power.py MODEL               a Hugging Face folder; the figures, kept as data
+python benchmarks/rescore_power.py MODEL               a Hugging Face folder; the figures are kept in results/
 
-A cache's rows are made in bfloat16 in batches, on documentation in English that every Python brings. Held against the
-live teacher in the same dtype and in float32, by the rule of `verify`, are
+The rows of a cache are made in bfloat16 in batches, on English documentation that every Python carries. By the rule of
+`verify`, they are compared with the live teacher in the same dtype and in float32. The rows come from
 
-- sound ones: the same model in bfloat16 in batches of another size, on another part of the text each
-- moved ones: every matrix of the last layer, each of its weights moved at random by a share of itself, or all together
+- unchanged models: the same model in bfloat16 with another batch size, each on another part of the text
+- changed models: in every matrix of the last layer, each weight is scaled by a random share, or all by the same share
 
-Only what lies behind the last layer but one is computed anew for a model whose last layer has moved. A trial is a part
-of the text and a seed; each takes 2048 targets, a quarter of what `verify` takes at least.
+For a changed model, only the last layer and the head are computed again. A trial is a part of the text and a seed; each
+takes 2048 targets, a quarter of the least that `verify` takes.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
 
-# found beside this file also where Python is told not to look there: -P, PYTHONSAFEPATH
+# added here because Python with -P or PYTHONSAFEPATH does not search the folder of this script
 sys.path.insert(0, str(Path(__file__).parent))
 
 import numpy as np
@@ -47,13 +47,15 @@ NAMES: tuple[RecordingName, ...] = ("topk", "sampled")
 
 
 def main() -> None:
-    """Make and print the figures."""
+    """Run the trials, print the figures, and write them to results/."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", type=Path)
-    parser.add_argument("--parts", type=int, default=3, help="of the text: sound trials of every batch size")
+    parser.add_argument(
+        "--parts", type=int, default=3, help="number of parts of the text, each tried with every batch size"
+    )
     parser.add_argument("--sequences", type=int, default=8, help=f"a trial, each of {SEQ_LEN} targets")
-    parser.add_argument("--seeds", type=int, default=2, help="moved models of each share and part")
-    parser.add_argument("--no-keep", action="store_true", help="print the figures alone")
+    parser.add_argument("--seeds", type=int, default=2, help="changed models of each share and part")
+    parser.add_argument("--no-keep", action="store_true", help="only print the figures")
     flags = parser.parse_args()
     lines = []
     for line in trials(flags.model, flags.parts, flags.seeds, flags.sequences):
@@ -66,7 +68,7 @@ def main() -> None:
 
 
 def rates(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Of each kind of trial, how many there were and how many were told apart."""
+    """Return, for each kind of trial, the number of trials and the number in which `verify` found a difference."""
     kinds: dict[tuple[str, str, float], list[bool]] = {}
     for line in lines:
         kinds.setdefault((line["name"], line["how"], line["share"]), []).append(line["told"])
@@ -77,7 +79,7 @@ def rates(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def trials(folder: Path, num_parts: int, num_seeds: int, num_sequences: int) -> Iterator[dict[str, Any]]:
-    """A line for each trial and recording."""
+    """Yield a line for each trial and recording."""
     models = {dtype: _load(folder, dtype) for dtype in (torch.bfloat16, torch.float32)}
     narrow, wide = models.values()
     tokens_SL1 = _text(folder, num_parts * num_sequences)
@@ -138,13 +140,13 @@ def _text(folder: Path, num_sequences: int) -> torch.Tensor:
     return torch.tensor(ids[: num_sequences * (SEQ_LEN + 1)]).view(num_sequences, SEQ_LEN + 1)
 
 
-class _Stop(Exception):  # noqa: N818  what ends a forward pass is no error
-    """The input of the last layer is there."""
+class _Stop(Exception):  # noqa: N818  it ends a forward pass and is no error
+    """Raised when the input of the last layer is known."""
 
 
 @torch.inference_mode()
 def _before_last(model: Any, tokens_BL1: torch.Tensor, size: int) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
-    """What the last layer is called with, batch by batch."""
+    """Return the arguments of the last layer's call for each batch."""
     calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
 
     def keep_call(_: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
@@ -163,7 +165,7 @@ def _before_last(model: Any, tokens_BL1: torch.Tensor, size: int) -> list[tuple[
 
 @torch.inference_mode()
 def _rows(model: Any, calls: list[tuple[tuple[Any, ...], dict[str, Any]]], tokens_BL1: torch.Tensor) -> list[Scored]:
-    """What the engine keeps of every sequence."""
+    """Return what an engine records of every sequence, from the calls of the last layer."""
     layer, head_VH = model.model.layers[-1], model.get_output_embeddings().weight.float()
     hidden = torch.cat([model.model.norm(layer(*arguments, **named)) for arguments, named in calls]).float()
     recording = Recording(NUM_SAMPLES, TOP_K, 1.0, 0, _vocab_size, 1024)
@@ -176,7 +178,7 @@ def _rows(model: Any, calls: list[tuple[tuple[Any, ...], dict[str, Any]]], token
 
 
 def _moved(model: Any, share: float, how: str, seed: int) -> Any:
-    """The model with another last layer; the rest is shared."""
+    """Return a model with a changed last layer, which shares everything else with the given one."""
     moved = copy.copy(model)
     moved._modules = dict(model._modules)
     moved.model = copy.copy(model.model)

@@ -1,4 +1,4 @@
-"""What a benchmark keeps of each training: a file of JSON lines, to which several processes may add."""
+"""A benchmark's results: a file with one JSON line per training, to which several processes may append."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ Line = dict[str, Any]
 
 
 class Results:
-    """A file of one JSON line a training.
+    """A file with one JSON line per training.
 
     Attributes:
-        lines: what is there; half a line at the end, which a killed process has left, is cut off.
+        lines: The lines of the file; an unfinished last line, which a killed process has left, is cut off.
     """
 
     def __init__(self, path: Path) -> None:
@@ -26,11 +26,11 @@ class Results:
         self.lines: list[Line] = [json.loads(line) for line in whole.splitlines()]
 
     def has(self, arm: str, seed: int, about: dict[str, Any]) -> bool:
-        """Whether that training is there, on the same data and at the same sizes."""
+        """Return whether the file has that training with the same data and settings."""
         return any((one["arm"], one["seed"], one["about"]) == (arm, seed, about) for one in self.lines)
 
     def add(self, line: Line) -> None:
-        """Append it."""
+        """Append a line to the file."""
         self.lines.append(line)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a") as file:
@@ -38,13 +38,13 @@ class Results:
 
 
 def one_measurement(lines: Sequence[Line], *, but: str = "") -> list[Line]:
-    """The lines about the same models, text, tokens and settings: those of which there are most.
+    """Return the lines of the largest measurement, which all have the same models, text, tokens and settings.
 
-    A new measurement takes the place of an older one when it has as many lines.
+    A new measurement replaces an older one when it has as many lines.
 
     Args:
-        lines: of any measurements, in the order in which they were made.
-        but: a part of what they are about that may differ among them.
+        lines: Lines of any measurements, in the order in which they were made.
+        but: Name of a setting in `about` that may differ within a measurement.
     """
     abouts = [{name: value for name, value in line["about"].items() if name != but} for line in lines]
     most = max(reversed(abouts), key=abouts.count, default=None)

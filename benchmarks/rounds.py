@@ -1,21 +1,21 @@
-"""Addition with its working: fine-tuning, off-policy and on-policy distillation at equal student tokens, by seed.
+"""Compare fine-tuning, off-policy and on-policy distillation at equal student tokens, on written-out additions.
 
 python benchmarks/rounds.py                    every training that is not in the results, then the table
-python benchmarks/rounds.py --smoke            the same at the smallest size, to see that it works
+python benchmarks/rounds.py --smoke            the same at the smallest size, to check that it works
 python benchmarks/rounds_page.py               the table of docs/rounds.md
 
-A teacher learns to add numbers, and writes each step down. A student of about a quarter of its size begins with fresh
-weights and learns from what the teacher wrote in round 0, then goes on:
+A teacher learns to add numbers and to write down each step. A student of about a quarter of its size starts with fresh
+weights, learns from the teacher's text in round 0, and continues with one of these arms:
 
-sft               cross-entropy with further text of the teacher's
-off_policy        KL to the teacher on further text of the teacher's
-rounds            KL to the teacher on its own text, written and scored round by round, the two never together
-policy_gradient   the same text of its own, of which it learns from one logprob a token
-online            KL to the teacher on its own text, written afresh for every step, the teacher asked live
+sft               cross-entropy with further text by the teacher
+off_policy        KL to the teacher on further text by the teacher
+rounds            KL to the teacher on the student's own text, which is written and scored round by round
+policy_gradient   the same, but the student learns only from the teacher's logprob of each written token
+online            KL to the teacher on the student's own text, which is written anew and scored live for every step
 
-All arms of a seed begin with the same weights and see as many tokens in as many steps; `online` takes the weights of
-`rounds` after round 0. Measured are right answers to held-out prompts, with the top-1 token at each step. A finished
-training is a line of the results, and is not done again; a stage that was killed goes on where it was.
+All arms of a seed start with the same weights and see as many tokens in as many steps; `online` takes the weights of
+`rounds` after round 0. The measure is the share of right answers to held-out prompts, with the top-1 token at each
+step. A finished training is a line of the results, and is not repeated; a killed stage continues where it was.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-# found beside this file also where Python is told not to look there: -P, PYTHONSAFEPATH
+# added here because Python with -P or PYTHONSAFEPATH does not search the folder of this script
 sys.path.insert(0, str(Path(__file__).parent))
 
 import torch
@@ -58,22 +58,24 @@ from capgap.schemas.run_file import RunFile
 ONLINE = "online"
 ARMS: dict[str, dict[str, Any]] = {
     "rounds": {},
-    # at the others' learning rate a policy gradient forgets what the student knew
+    # at the other arms' learning rate, the policy gradient makes the student forget what it knew
     "policy_gradient": {"divergence": "policy_gradient", "later_learning_rate": 1e-4},
     "off_policy": {},
     "sft": {"alpha": 0.0},
 }
-# how a sum may end: its last number is the answer
+# the answer is the last number of the text
 ANSWER = r"(\d+)\s*$"
 
 
 def main() -> None:
-    """Make what is missing, seed by seed, and print the table."""
+    """Run the trainings that the results lack, seed by seed, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--work", type=Path, default=Path("runs/rounds-addition"), help="the run, and online trainings")
+    parser.add_argument(
+        "--work", type=Path, default=Path("runs/rounds-addition"), help="folder of the run and the online trainings"
+    )
     parser.add_argument("--results", type=Path, default=RESULTS / "rounds-addition.jsonl")
-    parser.add_argument("--smoke", action="store_true", help="at the smallest size, to see that it works")
+    parser.add_argument("--smoke", action="store_true", help="run at the smallest size, to check that everything works")
     flags = parser.parse_args()
     keep_freed_memory()
     os.environ.setdefault("CAPGAP_LEASE_DIR", str((flags.work / "leases").resolve()))
@@ -91,7 +93,7 @@ def main() -> None:
 
 @dataclass(frozen=True)
 class Size:
-    """How large everything is."""
+    """Sizes of the task, the models and the trainings; the models' tuples are those of `shape`."""
 
     num_texts: int = 40_000
     num_prompts: int = 3_600
@@ -112,12 +114,12 @@ SMOKE = Size(200, 60, 1, 12, 32, 40, 2, 256, 2, 80, "transformers", (32, 1, 2, 3
 
 
 def shape(sizes: tuple[int, int, int, int]) -> dict[str, int]:
-    """A model's shape, as the run file has it."""
+    """Return a model's shape in the form of the run file."""
     return dict(zip(("hidden_size", "num_layers", "num_heads", "intermediate_size"), sizes, strict=True))
 
 
 def worked_sum(first: int, second: int, num_digits: int) -> str:
-    """`347+589=7+9=16 4+8+1=13 3+5+1=9 936`: column by column from the right, then the sum."""
+    """Return an addition column by column from the right, then the sum: `347+589=7+9=16 4+8+1=13 3+5+1=9 936`."""
     steps, carry = [], 0
     for place in range(num_digits):
         digits = [first // 10**place % 10, second // 10**place % 10] + [1] * carry
@@ -127,11 +129,11 @@ def worked_sum(first: int, second: int, num_digits: int) -> str:
 
 
 class Bench:
-    """One task, its models, and the run that all seeds are in.
+    """The task, its models, and the run that all seeds share.
 
     Args:
-        work: folder.
-        size: of everything.
+        work: Folder of the task's files, the run and the online trainings.
+        size: Sizes of the task, the models and the trainings.
     """
 
     def __init__(self, work: Path, size: Size) -> None:
@@ -150,11 +152,11 @@ class Bench:
             if not (work / name).is_file():
                 write_atomically(work / name, "".join(line + "\n" for line in written))
         if not (work / "tokenizer").is_dir():
-            # a token a byte, and one for the end
+            # 256 byte tokens, and one that ends a text
             train_tokenizer(texts[:100], 257).save_pretrained(work / "tokenizer")
 
     def run(self, seed: int) -> RunFile:
-        """The run file of a seed; those of all seeds share the folder, and with it teacher and text."""
+        """Return the run file of a seed; all seeds share one folder, and so the teacher and its text."""
         size = self.size
         return RunFile.model_validate(
             {
@@ -179,7 +181,7 @@ class Bench:
                     "max_new_tokens": size.max_new_tokens,
                     "answer_pattern": ANSWER,
                     "heldout_fraction": 0.15,
-                    # beside what is measured here, of many more
+                    # few, because this benchmark measures the answers itself, with many more prompts
                     "num_heldout_prompts": 32,
                     "engine": size.engine,
                 },
@@ -188,7 +190,7 @@ class Bench:
                 "train": {
                     "learning_rate": 2e-3,
                     "batch_sequences": size.batch_sequences,
-                    # as many tokens for every arm and round: more than enough passes over any text
+                    # `max_tokens` ends every training; this is more than enough passes over any text
                     "num_epochs": 40,
                     "max_tokens": size.round_tokens,
                     "loggers": [],
@@ -198,7 +200,7 @@ class Bench:
         )
 
     def make(self, seed: int) -> None:
-        """Every stage of the seed."""
+        """Make every stage of the seed's run."""
         run = self.run(seed)
 
         def log(name: str, why: str) -> None:
@@ -208,7 +210,7 @@ class Bench:
         def start(arguments: Sequence[str]) -> int:
             name = arguments[arguments.index("--instance") + 1]
             if self.size.engine == "vllm" and name.startswith("generate"):
-                # vLLM gives back what it holds when its process ends
+                # vLLM only frees its memory when its process ends
                 return start_afresh(arguments)
             carry_out(run, next(one for one in instances(run) if one.name == name), remake="--force" in arguments)
             return 0
@@ -216,7 +218,7 @@ class Bench:
         walk(run, instances(run), log=log, start=start)
 
     def measured(self, arm: str, seed: int) -> dict[str, Any]:
-        """What came of an arm of the seed that was made last; `online` is trained here."""
+        """Return the figures of an arm of the seed that was made last; the arm `online` is trained here."""
         run = self.run(seed)
         if arm == ONLINE:
             return self._online(run, seed)
@@ -237,7 +239,7 @@ class Bench:
 
     @property
     def out(self) -> Path:
-        """The run's folder."""
+        """Folder of the run."""
         return self.work / "out"
 
     def _totals(self, name: str) -> dict[str, Any]:
@@ -251,7 +253,7 @@ class Bench:
         return {split: [every[place] for place in some] for split, some in split_prompts(every, rounds, 0).items()}
 
     def _right(self, folder: Path) -> float:
-        """Share of held-out prompts that a model answers rightly, with its top-1 token at each step."""
+        """Return the share of held-out prompts that a model answers rightly, with its top-1 token at each step."""
         model, tokenizer = load_model(str(folder), "cpu"), load_tokenizer(str(self.work / "tokenizer"))
         prompts = self._prompts()["heldout"]
         ids_BP = _prompt_ids([one.text for one in prompts], tokenizer)
@@ -263,7 +265,7 @@ class Bench:
         return fmean(bool(one) and one[-1] in prompt.references for one, prompt in zip(found, prompts, strict=True))
 
     def _online(self, run: RunFile, seed: int) -> dict[str, Any]:
-        """On-policy, the teacher asked live: as many further tokens and steps as `rounds` takes after round 0."""
+        """Train on-policy with a live teacher, for as many tokens and steps as `rounds` takes after round 0."""
         size = self.size
         tokenizer = load_tokenizer(str(self.work / "tokenizer"))
         teacher = load_model(str(self.out / "teacher" / "model"), "cpu").requires_grad_(False)
@@ -276,14 +278,14 @@ class Bench:
             student.parameters(), lr=settings.learning_rate, betas=(0.9, 0.95), weight_decay=settings.weight_decay
         )
         draw, seen, per_step = random.Random(seed), 0, num_tokens / num_steps
-        # as many answers a step as the rows of the rounds' trainings hold
+        # as many answers per step as the rows of the rounds' trainings hold
         text, cached = (self._totals(f"{stage}/rounds/seed-{seed}/round-1") for stage in ("generate", "cache"))
         count = max(1, round(per_step * text["answers"] / cached["num_tokens"]))
         torch.manual_seed(seed)
         for step in range(num_steps):
             warmth = min(1.0, (step + 1) / max(1, 0.05 * num_steps))
             for group in optimizer.param_groups:
-                # as the trainings of rounds fall to a tenth
+                # falls to a tenth, as in the trainings of the rounds
                 group["lr"] = settings.learning_rate * warmth * (1 - 0.9 * step / num_steps)
             ids_BP = _prompt_ids(draw.choices(texts, k=count), tokenizer)
             written_BM, counts_BM = _written(student, ids_BP, size.max_new_tokens, tokenizer.eos_token_id, sampled=True)
@@ -298,7 +300,7 @@ class Bench:
             loss.backward()
             torch.nn.utils.clip_grad_norm_(student.parameters(), settings.clip_norm)
             optimizer.step()
-            # counted as rows of the rounds' trainings are, their padding included
+            # padding counts, as in the rows of the rounds' trainings
             seen += round(per_step)
         folder = self.work / "online" / f"seed-{seed}"
         student.save_pretrained(folder)
@@ -311,7 +313,7 @@ class Bench:
 
 
 def _prompt_ids(texts: Sequence[str], tokenizer: Any) -> torch.Tensor:
-    """Prompts of one length, so that no padding is needed."""
+    """Return the ids of the prompts [B, P], which all have one length, so that no padding is needed."""
     return torch.tensor([tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts])
 
 
@@ -319,7 +321,7 @@ def _prompt_ids(texts: Sequence[str], tokenizer: Any) -> torch.Tensor:
 def _written(
     model: Any, ids_BP: torch.Tensor, num_tokens: int, eos_id: int, sampled: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """What a model writes [B, M], its end repeated behind it, and True where a token counts [B, M]."""
+    """Return the ids that a model writes [B, M], filled up with the end token, and which of them count, bool [B, M]."""
     made_BL = model.generate(
         ids_BP,
         attention_mask=torch.ones_like(ids_BP),
@@ -331,7 +333,7 @@ def _written(
     )
     written_BM = made_BL[:, ids_BP.shape[1] :]
     ended_BM = (written_BM == eos_id).cumsum(1)
-    # the first end counts, what is behind it does not
+    # the first end token counts, and nothing after it
     return written_BM, (ended_BM == 0) | ((ended_BM == 1) & (written_BM == eos_id))
 
 

@@ -1,4 +1,4 @@
-"""Fills the tables of docs/rounds.md with the lines of benchmarks/rounds.py and rounds_smol.py: means over seeds.
+"""Fill the tables of docs/rounds.md with means over seeds from the results of benchmarks/rounds.py and rounds_smol.py.
 
 python benchmarks/rounds_page.py
 """
@@ -12,7 +12,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-# found beside this file also where Python is told not to look there: -P, PYTHONSAFEPATH
+# added here because Python with -P or PYTHONSAFEPATH does not search the folder of this script
 sys.path.insert(0, str(Path(__file__).parent))
 
 from page_tables import Row, interval, with_tables
@@ -31,19 +31,19 @@ _UNITS = ("wall_s", "cpu_s")
 
 
 def main() -> None:
-    """Write the page anew."""
+    """Write the page with its tables filled in."""
     argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
     PAGE.write_text(filled(PAGE.read_text()))
 
 
 def filled(page: str) -> str:
-    """The page with its table made anew."""
+    """Return the page with its tables made from the results."""
     tables = {"addition": table(Results(LINES).lines)} | smol_tables(Results(SMOL_LINES).lines)
     return with_tables(page, "rounds_page.py", tables)
 
 
 def table(lines: Sequence[dict[str, Any]]) -> list[Row]:
-    """A row an arm; what follows +- is half of the 95 % interval over seeds."""
+    """Return one row per arm; the number after +- is half of the 95 % interval over seeds."""
     found = {(one["arm"], one["seed"]): one for one in lines}
     rows: list[Row] = [_HEAD, ("---", *["---:"] * 5)]
     for arm in ARMS:
@@ -60,7 +60,7 @@ def table(lines: Sequence[dict[str, Any]]) -> list[Row]:
 
 
 def smol_tables(lines: Sequence[dict[str, Any]]) -> dict[str, list[Row]]:
-    """The real model by round: how near its students are to the teacher, and what each stage of a round took."""
+    """Return the real model's tables: how near each round's student is to the teacher, and each stage's seconds."""
     if not lines:
         return {}
     nearness: list[Row] = [("student after", *_SMOL_HEAD), ("---", *["---:"] * len(_SMOL_HEAD))]

@@ -1,13 +1,13 @@
-"""A real language model in rounds: how near a student comes to its teacher on its own text, and what a round takes.
+"""A real model in rounds: how near a student comes to its teacher on the student's own text, and the time of a round.
 
 python benchmarks/rounds_smol.py               every seed that is not in the results, then the tables
 python benchmarks/rounds_smol.py --smoke --models FOLDER      the same at the smallest size, with a model `tiny` there
 python benchmarks/rounds_page.py               the tables of docs/rounds.md
 
 SmolLM2-135M-Instruct (`python benchmarks/real_models.py`) teaches a student that is pruned from it to 6 of its 30
-layers. The prompts are questions made of the section titles of Django's documentation. In round 0 the teacher answers,
-in the others the student. Each stage runs in a process of its own, as `capgap run` has it; its wall time and CPU
-seconds are those of that process, start and imports included. A seed that is finished is a line of the results.
+layers. The prompts are questions about the section titles of Django's documentation. The teacher answers them in round
+0, and the student in the other rounds. Each stage runs in a process of its own, as in `capgap run`; its wall and CPU
+seconds are those of that process, with start and imports. A finished seed is a line of the results.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-# found beside this file also where Python is told not to look there: -P, PYTHONSAFEPATH
+# added here because Python with -P or PYTHONSAFEPATH does not search the folder of this script
 sys.path.insert(0, str(Path(__file__).parent))
 
 import numpy as np
@@ -57,13 +57,13 @@ TITLES = re.compile(r"^(\w[\w ,()'-]{6,40})\n[=~-]{6,}$", re.MULTILINE)
 
 
 def main() -> None:
-    """Make what is missing, seed by seed, and print the tables."""
+    """Run the seeds that the results lack, and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--models", type=Path, default=FOLDER, help="folder of the teacher and the documentation")
-    parser.add_argument("--work", type=Path, default=Path("runs/rounds-smol"), help="the run")
+    parser.add_argument("--work", type=Path, default=Path("runs/rounds-smol"), help="folder of the run")
     parser.add_argument("--results", type=Path, default=RESULTS / "rounds-smol.jsonl")
-    parser.add_argument("--smoke", action="store_true", help="at the smallest size, to see that it works")
+    parser.add_argument("--smoke", action="store_true", help="run at the smallest size, to check that everything works")
     flags = parser.parse_args()
     keep_freed_memory()
     os.environ.setdefault("CAPGAP_LEASE_DIR", str((flags.work / "leases").resolve()))
@@ -80,7 +80,7 @@ def main() -> None:
 
 @dataclass(frozen=True)
 class Size:
-    """How large everything is."""
+    """The teacher, and the sizes of the student, the rounds and the trainings."""
 
     teacher: str = "SmolLM2-135M-Instruct"
     num_layers: int = 6
@@ -97,12 +97,12 @@ SMOKE = Size("tiny", 1, 2, 8, 4, 12, 96, 768, "transformers")
 
 
 class Bench:
-    """The run that all seeds are in: they share the teacher's text of round 0.
+    """The run that all seeds share, with the teacher's text of round 0.
 
     Args:
-        work: folder.
-        models: folder that holds the teacher and the documentation.
-        size: of everything.
+        work: Folder of the prompts and the run.
+        models: Folder that holds the teacher and the documentation.
+        size: The teacher, and the sizes of the student, the rounds and the trainings.
     """
 
     def __init__(self, work: Path, models: Path, size: Size) -> None:
@@ -112,7 +112,7 @@ class Bench:
         if not (work / "prompts.jsonl").is_file():
             files = sorted((models / "django-documentation").rglob("*.txt"))
             titles = sorted({title for file in files for title in TITLES.findall(file.read_text())})
-            # a round has them from all over
+            # shuffled, so that every round has titles from the whole documentation
             random.Random(0).shuffle(titles)
             asked = [{"role": "user", "content": QUESTION.format(title)} for title in titles]
             lines = [json.dumps({"messages": [one]}) for one in asked]
@@ -120,11 +120,11 @@ class Bench:
 
     @property
     def out(self) -> Path:
-        """The run's folder."""
+        """Folder of the run."""
         return self.work / "out"
 
     def run(self, seed: int) -> RunFile:
-        """The run file of a seed."""
+        """Return the run file of a seed."""
         size = self.size
         teacher = str(self.models / size.teacher)
         return RunFile.model_validate(
@@ -153,7 +153,7 @@ class Bench:
                 },
                 "cache": {"engine": "transformers", "dtype": "float32", "recording": "sampled"},
                 "student": {"prune": {"num_layers": size.num_layers, "num_sequences": 64}},
-                # as many tokens in every round, whatever its answers are long
+                # every round trains on the same number of tokens, however long its answers are
                 "train": {
                     "learning_rate": 5e-4,
                     "precision": "bf16-mixed",
@@ -162,13 +162,13 @@ class Bench:
                     "max_tokens": size.round_tokens,
                     "loggers": [],
                 },
-                # asked for what the final students write; measured is here
+                # the section makes the final students write answers; this script measures them itself
                 "eval": {},
             }
         )
 
     def make(self, seed: int) -> None:
-        """Every stage of the seed but `eval` and `report`, and what each of them took."""
+        """Make every stage of the seed except `eval` and `report`, and append each one's seconds to took.jsonl."""
         run = self.run(seed)
         chosen = [one for one in instances(run) if one.stage not in ("eval", "report")]
 
@@ -183,13 +183,13 @@ class Bench:
         walk(run, chosen, log=lambda name, why: print(f"{name}: {why}", file=sys.stderr), start=start)
 
     def measured(self, seed: int) -> dict[str, Any]:
-        """How near the students of all rounds are to the teacher, and what every stage took."""
+        """Return how near the students of all rounds are to the teacher, and the seconds of every stage."""
         numbers = range(self.size.num_rounds)
         folders = [str(self.out / Instance("train", ARM, seed, one).name / "model") for one in numbers]
         texts = [Instance("generate", ARM, seed, one) for one in (*numbers[1:], FINAL)]
         teacher = load_model(str(self.models / self.size.teacher), "cpu", torch.float32)
         own = [self._heldout(one) for one in texts]
-        # what the teacher wrote, and what students did after their first round and their last
+        # the teacher's text, and the student's texts after the first and after the last round
         common = [self._heldout(Instance("generate", round=0)), own[0], own[-1]]
         kl_own, rms = [], []
         for folder, text in zip(folders, own, strict=True):
@@ -210,7 +210,7 @@ class Bench:
         }
 
     def _near(self, teacher: Any, folders: Sequence[str], texts: Sequence[Text]) -> list[Nearness]:
-        """Each student against the teacher on all of these texts."""
+        """Compare each student with the teacher on all of these texts."""
         vocab_size = int(teacher.config.vocab_size)
         sequences = Sequences.joined([one.sequences for one in texts])
         found = []
@@ -235,7 +235,7 @@ class Bench:
         return found
 
     def _heldout(self, instance: Instance) -> Text:
-        """The held-out answers of a text, which are one shard."""
+        """Read the held-out answers of a text, which are one shard, with their writer's logprobs."""
         folder = self.out / instance.name
         shards = _manifest(folder).shard_sets["heldout"]
         sequences = first_sequences(folder, shards, shards.num_sequences)
@@ -247,7 +247,7 @@ class Bench:
         return _manifest(self.out / name).totals
 
     def _took(self, seed: int) -> dict[str, dict[str, float]]:
-        """Wall time and CPU seconds of what was made for the seed, or for all; of the last process each."""
+        """Return the wall and CPU seconds of the last process of each stage of the seed's run."""
         lines = [json.loads(line) for line in (self.work / "took.jsonl").read_text().splitlines()]
         names = [one.name for one in instances(self.run(seed))]
         return {one.pop("name"): one for one in lines if one["name"] in names}
@@ -255,19 +255,19 @@ class Bench:
 
 @dataclass(frozen=True)
 class Text:
-    """Answers, and by which logprobs their writer sampled their tokens [N]."""
+    """Answers, and the logprobs with which their writer sampled their tokens [N]."""
 
     sequences: Sequences
     logprobs_N: torch.Tensor
 
     def labels(self) -> torch.Tensor:
-        """The tokens of the answers [N], in order."""
+        """Return the tokens of the answers, in order [N]."""
         tokens_BL, mask_BL = self.sequences.tokens_BL1[:, 1:], self.sequences.mask_BL1[:, 1:]
         return torch.from_numpy(tokens_BL[mask_BL]).long()
 
 
 class Nearness(Comparison):
-    """Collects beside the KL how far a model's logprobs of the very tokens are from the stored ones."""
+    """A comparison that also collects the differences of a model's logprobs of the tokens from the stored ones."""
 
     def __init__(self, spool: Spool, texts: Sequence[Text]) -> None:
         super().__init__(spool)
@@ -276,7 +276,7 @@ class Nearness(Comparison):
         self.off: list[torch.Tensor] = []
 
     def add(self, logprobs_NV: torch.Tensor) -> None:
-        """As `Comparison.add`."""
+        """Compare the model's next rows (see `Comparison.add`), and collect the differences of their logprobs."""
         super().add(logprobs_NV)
         n = len(logprobs_NV)
         found_N = logprobs_NV.gather(1, self._labels_N[:n, None])[:, 0]

@@ -1,8 +1,9 @@
-"""Fills the tables of docs/sizes.md: what caches take on disk, and what models take of a device and of a disk.
+"""Fill the tables of docs/sizes.md: the disk space of caches, and the memory and disk space of models.
 
 python benchmarks/sizes_page.py
 
-Bytes of a cache are those that `capgap plan` goes by; bytes of a parameter are those that a training is refused by.
+The bytes of a cache are those that `capgap plan` uses; the bytes of a parameter are those by which a training is
+refused for lack of memory.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import argparse
 import sys
 from pathlib import Path
 
-# found beside this file also where Python is told not to look there: -P, PYTHONSAFEPATH
+# added here because Python with -P or PYTHONSAFEPATH does not search the folder of this script
 sys.path.insert(0, str(Path(__file__).parent))
 
 from page_tables import Row, with_tables
@@ -37,13 +38,13 @@ _RECORDINGS: dict[str, dict[str, str | int]] = {
 
 
 def main() -> None:
-    """Write the page anew."""
+    """Write the page with its tables filled in."""
     argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
     PAGE.write_text(filled(PAGE.read_text()))
 
 
 def filled(page: str) -> str:
-    """The page with its tables made anew."""
+    """Return the page with its tables computed again."""
     tables = {"cache": _cache(), "student": _student(), "teacher": _teacher()}
     return with_tables(page, "sizes_page.py", tables)
 

@@ -1,13 +1,13 @@
-"""Time and memory of the student's loss, forward and backward, beside other ways to the same or plain cross-entropy.
+"""Time and memory of the student's loss, forward and backward, compared with other implementations and cross-entropy.
 
 python benchmarks/sparse_kl.py                                    CPU shapes, float32
 python benchmarks/sparse_kl.py --device cuda                      GPU shapes, bfloat16
-python benchmarks/sparse_kl.py --shape N,H,V,K --results FOLDER   one shape, figures kept elsewhere
+python benchmarks/sparse_kl.py --shape N,H,V,K --results FOLDER   one shape, figures written to another folder
 
-All ways run in one process, in turn, round after round. Time is CPU time of all threads on a CPU, which neighbours on
-the machine disturb least, and time between events on a GPU; figures are medians, ratios medians of the ratios within a
-round. Memory is the peak of what torch allocates during forward and backward, over what stood before. What others have
-is compared at one K of a head, as it costs the same at any.
+All ways run in one process, in turn, round after round. On a CPU, time is the CPU time of all threads, which other
+processes on the machine disturb least; on a GPU, it is the time between events. Figures are medians, and ratios are
+medians of the ratios within a round. Memory is the peak that torch allocates during forward and backward, above what
+was allocated before. Other programs' losses are compared at one K for each head, as their cost does not depend on K.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import sys
 import time
 from pathlib import Path
 
-# found beside this file also where Python is told not to look there: -P, PYTHONSAFEPATH
+# added here because Python with -P or PYTHONSAFEPATH does not search the folder of this script
 sys.path.insert(0, str(Path(__file__).parent))
 
 import torch
@@ -34,19 +34,19 @@ SHAPES: dict[str, list[Shape]] = {
     "cpu": [(1024, 96, 4096, 20), (2048, 192, 4096, 20), (2048, 192, 4096, 64), (1024, 512, 32000, 20)],
     "cuda": [(8192, h, v, k) for h in (2048, 4096) for v in (32000, 128256, 151936) for k in (16, 64, 128)],
 }
-KEPT_BESIDE_PEERS = 64  # on a GPU, where eighteen shapes of everything would take too long
+KEPT_BESIDE_PEERS = 64  # the K at which a GPU also measures the peers: eighteen shapes of all would take too long
 
-PRODUCTS_GOALS = {2048: 1.15, 4096: 1.08}  # by width: time over that of the three bare products
-HALF_MASKED_GOAL = 0.6  # time over that of all rows
-PEAK_GOAL = 1.02  # memory over what the formula says
+PRODUCTS_GOALS = {2048: 1.15, 4096: 1.08}  # by hidden size: the loss's time over the time of the three bare products
+HALF_MASKED_GOAL = 0.6  # time with half the rows masked over the time of all rows
+PEAK_GOAL = 1.02  # peak memory over the formula's
 
 
 def main() -> None:
-    """Measure every shape, print a line a way, keep the figures."""
+    """Measure every shape, print one line per way, and write the figures to the results."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--repeats", type=int, help="default: 9 on a CPU, 5 on a GPU")
-    parser.add_argument("--workspace-mb", type=int, help="default: what the loss chooses")
+    parser.add_argument("--workspace-mb", type=int, help="memory of a chunk of logits; default: chosen by the loss")
     parser.add_argument("--shape", type=_shape, help="N,H,V,K: rows, hidden, vocabulary, kept ids; default: all")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder for the figures")
     flags = parser.parse_args()
@@ -58,7 +58,7 @@ def main() -> None:
         with_peers = not on_gpu or flags.shape is not None or shape[-1] == KEPT_BESIDE_PEERS
         with caught(str(shape), failed):
             figures.append(measure(Problem(*shape, flags.device, flags.workspace_mb), repeats, with_peers))
-            path = keep("sparse-kl", flags.device, figures, flags.results)  # of each shape as it comes
+            path = keep("sparse-kl", flags.device, figures, flags.results)  # written after each shape
     if figures:
         print(f"kept in {path}")
     if failed or not figures:
@@ -66,8 +66,8 @@ def main() -> None:
 
 
 def measure(problem: Problem, repeats: int, with_peers: bool) -> dict[str, object]:
-    """Median milliseconds and peak MiB of every way, its ratios to the baseline and to the bare products, and how far
-    the goals were met; None where a way is missing, and its error where it failed."""
+    """Return every way's median milliseconds and peak MiB, its ratios to the baseline and to the bare products, and
+    whether the goals were met. A missing way has None instead of figures, and a failed one its error."""
     every: dict[str, Way | None] = {**ways(problem), **(peers(problem) if with_peers else {})}
     failed: list[str] = []
     peaks = {}
@@ -120,8 +120,8 @@ def _shape(text: str) -> Shape:
 
 
 def _interleaved(available: dict[str, Way], device: str, repeats: int) -> dict[str, list[float]]:
-    """Milliseconds of each way in each round; each round takes the ways in another order, as memory that one leaves
-    behind helps or hinders the next."""
+    """Return the milliseconds of each way in each round. Each round has another order of the ways, because memory that
+    one leaves behind helps or hinders the next."""
     times: dict[str, list[float]] = {name: [] for name in available}
     for repeat in range(repeats + 1):
         for name in random.Random(repeat).sample(list(available), len(available)):

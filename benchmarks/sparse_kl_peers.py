@@ -1,4 +1,4 @@
-"""What benchmarks/sparse_kl.py compares the loss with: each is one forward and backward; None where it is missing."""
+"""The losses that benchmarks/sparse_kl.py compares capgap's with, each as one forward and backward pass."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-# found beside this file also where Python is told not to look there: -P, PYTHONSAFEPATH
+# added here because Python with -P or PYTHONSAFEPATH does not search the folder of this script
 sys.path.insert(0, str(Path(__file__).parent))
 
 import torch
@@ -14,11 +14,11 @@ from sparse_kl_ways import Problem, Way, backward
 from torch import Tensor
 from torch.nn.functional import cross_entropy, log_softmax
 
-_CHUNK_OF_TOPK = 1024  # rows, as in the trainers that do it so
+_CHUNK_OF_TOPK = 1024  # rows of a chunk, as in the trainers that use this loss
 
 
 def peers(problem: Problem) -> dict[str, Way | None]:
-    """By name; None where a package, a torch or a GPU is missing."""
+    """Return the losses by name; None where a package, a new enough torch or a GPU is missing."""
     return {
         "unfused cross-entropy": backward(problem, lambda: _unfused_ce(problem)),
         "unfused sparse KL": backward(problem, lambda: _unfused_kl(problem)),
@@ -39,13 +39,13 @@ def _unfused_kl(problem: Problem) -> Tensor:
 
 
 def _kl_of_logits(logits_NV: Tensor, problem: Problem, rows: slice) -> Tensor:
-    """Without a tail, and without the teacher's entropy: the plainest loss with the gradient of `sampled`."""
+    """Return the simplest loss with the gradient of `sampled`: without a tail and without the teacher's entropy."""
     logq_NK = log_softmax(logits_NV.float(), dim=-1).gather(1, problem.ids_NK[rows])
     return -(logq_NK * problem.sampled.weights_NK[rows]).sum() / problem.num_rows
 
 
 def _chunked_kl(problem: Problem) -> None:
-    """Autograd chunk by chunk, gradients summed as they come: how chunking is written without a kernel."""
+    """Run autograd chunk by chunk and sum the gradients, as chunking is written without a kernel."""
     d_hidden_NH = torch.empty_like(problem.hidden_NH)
     d_weight_VH = torch.zeros_like(problem.weight_VH)
     for start in range(0, problem.num_rows, problem.chunk_rows):
@@ -57,14 +57,14 @@ def _chunked_kl(problem: Problem) -> None:
 
 
 def _topk_of_chunks(problem: Problem) -> Way:
-    """The top-k loss as axolotl has it: values and gradients chunk by chunk by torch.func, compiled; without a tail."""
+    """Return axolotl's top-k loss, which has no tail: compiled torch.func computes gradients chunk by chunk."""
 
     def loss(weight_VH: Tensor, hidden_CH: Tensor, ids_CK: Tensor, p_CK: Tensor) -> Tensor:
         logits_CV = (hidden_CH @ weight_VH.T).float()
         logq_CK = logits_CV.gather(1, ids_CK) - logits_CV.logsumexp(-1, keepdim=True)
         return (p_CK * (p_CK.clamp_min(1e-30).log() - logq_CK)).sum() / problem.num_rows
 
-    # the compiler's own code needs a C++ compiler on a CPU, where this runs to be tested only
+    # on a CPU, where only tests run this, "inductor" would need a C++ compiler
     engine = "inductor" if problem.device == "cuda" else "eager"
     step = torch.compile(torch.func.grad_and_value(loss, argnums=(0, 1)), backend=engine)
 
@@ -82,7 +82,7 @@ def _topk_of_chunks(problem: Problem) -> Way:
 
 
 def _torch_chunked(problem: Problem) -> Way | None:
-    """torch's own chunked form, cross-entropy only; since 2.13."""
+    """Return torch's own chunked cross-entropy, which torch has since 2.13."""
     try:
         from torch.nn import LinearCrossEntropyOptions
         from torch.nn.functional import linear_cross_entropy
@@ -96,7 +96,7 @@ def _torch_chunked(problem: Problem) -> Way | None:
 
 
 def _cut_cross_entropy(problem: Problem) -> Way | None:
-    """Cross-entropy only, and no logits in memory at all; it needs cut-cross-entropy and a GPU."""
+    """Return cut cross-entropy, which keeps no logits in memory; it needs the package and a GPU."""
     try:
         from cut_cross_entropy import linear_cross_entropy
     except ImportError:
@@ -107,8 +107,8 @@ def _cut_cross_entropy(problem: Problem) -> Way | None:
 
 
 def _liger(problem: Problem) -> dict[str, Way | None]:
-    """Liger's losses over a head; they need liger-kernel and a GPU. Its divergences take what a cache does not have:
-    the teacher's own hidden states and head, or its probabilities of the whole vocabulary."""
+    """Return Liger's losses over a head, which need liger-kernel and a GPU. Its divergences need what a cache does not
+    have: the teacher's hidden states and head, or its probabilities of the whole vocabulary."""
     names = ["cross-entropy", "cross-entropy in the same chunks", "JSD with a teacher on line", "KL of dense targets"]
     names = [f"Liger fused linear {name}" for name in names]
     try:
@@ -138,7 +138,7 @@ def _liger(problem: Problem) -> dict[str, Way | None]:
 
 
 def _liger_multiple(problem: Problem) -> int:
-    """The least multiple of the hidden states' memory at which Liger's chunks have as many rows as ours, or more."""
+    """Return the least `chunk_mem_const` at which Liger's chunks have at least as many rows as capgap's."""
     for multiple in range(1, problem.vocab):
         num_parts = -(-problem.vocab // (multiple * problem.hidden))
         num_rows = 1 << (-(-problem.num_rows // num_parts) - 1).bit_length()

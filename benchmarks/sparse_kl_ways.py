@@ -1,4 +1,4 @@
-"""What benchmarks/sparse_kl.py measures: the loss in its forms and its products, each one forward and backward."""
+"""The ways that benchmarks/sparse_kl.py measures: capgap's loss in its forms, each as one forward and backward pass."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Way = Callable[[], None]
 
 
 class Problem:
-    """Rows, a head and targets of one shape, random."""
+    """Random rows, head and targets of one shape."""
 
     def __init__(
         self, num_rows: int, hidden: int, vocab: int, top_k: int, device: str, workspace_mb: int | None
@@ -38,17 +38,17 @@ class Problem:
         self.weight_VH = (normal(vocab, hidden) / hidden**0.5).requires_grad_()
         self.labels_N = torch.randint(vocab, (num_rows,), device=device, generator=generator)
         first_N = torch.randint(vocab, (num_rows,), device=device, generator=generator)
-        # distinct in a row, as a cache keeps them, and spread over the vocabulary
+        # ids are distinct within a row, as in a cache, and spread over the vocabulary
         self.ids_NK = (first_N[:, None] + torch.arange(top_k, device=device) * (vocab // top_k)) % vocab
         weights_NK = torch.rand(num_rows, top_k, device=device, generator=generator)
         self.weights_NK = 0.9 * weights_NK / weights_NK.sum(-1, keepdim=True)
         self.tail_N = torch.full((num_rows,), 0.1, device=device)
-        # as a training hands them over: what its reader has looked at is not looked at again
+        # marked as checked, as in a training, whose reader has checked the targets already
         self.targets = SparseTargets(self.ids_NK, self.weights_NK, self.tail_N, checked=True)
         self.sampled = SparseTargets(self.ids_NK, self.weights_NK / 0.9, recording="sampled", checked=True)
 
     def shape(self) -> dict[str, int | None]:
-        """What it is."""
+        """Return the sizes of the problem, for the results."""
         return {
             "num_rows": self.num_rows,
             "hidden": self.hidden,
@@ -59,15 +59,15 @@ class Problem:
 
     @property
     def chunk_rows(self) -> int:
-        """Rows of a chunk of the loss, and of all that is compared with it."""
+        """Number of rows in a chunk of the loss, and of the ways that are compared with it."""
         return chunk_rows(
             self.num_rows, self._row_bytes, workspace_bytes(self.workspace_mb, self.hidden_NH, self.weight_VH)
         )
 
     @property
     def formula_mb(self) -> float:
-        """What README.md of the loss says that forward and backward hold at once: the gradients before they are scaled,
-        and beside them either a chunk of logits or the scaled ones."""
+        """Peak MiB of forward and backward by the formula in the loss's README.md: the unscaled gradients, and either a
+        chunk of logits or the scaled gradients."""
         num_bytes = self.hidden_NH.element_size()
         rows_bytes, head_bytes = self.num_rows * self.hidden * num_bytes, self.vocab * self.hidden * num_bytes
         sums_bytes = self.vocab * self.hidden * torch.float32.itemsize
@@ -79,7 +79,7 @@ class Problem:
 
 
 def ways(problem: Problem) -> dict[str, Way]:
-    """The loss in its forms, and what it cannot do without, by name."""
+    """Return the forms of the loss, and the bare products that each of them needs, by name."""
 
     def ours(**settings: Any) -> Way:
         targets = problem.sampled if settings.pop("sampled", False) else problem.targets
@@ -117,7 +117,7 @@ def ways(problem: Problem) -> dict[str, Way]:
 
 
 def backward(problem: Problem, loss: Callable[[], Tensor], weight_VH: Tensor | None = None) -> Way:
-    """Forward and backward of a loss, of the problem's head or another one."""
+    """Return the forward and backward pass of a loss, with gradients of the problem's head or of another one."""
     leaves = (problem.hidden_NH, problem.weight_VH if weight_VH is None else weight_VH)
 
     def run() -> None:
@@ -127,7 +127,7 @@ def backward(problem: Problem, loss: Callable[[], Tensor], weight_VH: Tensor | N
 
 
 def _three_products(problem: Problem) -> None:
-    """What no loss over a full head can do without: logits, and a gradient for each side, in the same chunks."""
+    """Compute what every loss over a full head needs, in the same chunks: logits, and a gradient for each side."""
     hidden_NH, weight_VH = problem.hidden_NH.detach(), problem.weight_VH.detach()
     logits_CV = hidden_NH.new_empty((problem.chunk_rows, problem.vocab))
     d_hidden_NH, d_weight_VH = torch.empty_like(hidden_NH), torch.empty_like(weight_VH)

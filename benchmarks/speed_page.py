@@ -1,4 +1,4 @@
-"""Fills the tables of docs/speed.md from the figures in benchmarks/results: what a corpus and a student's step take.
+"""Fill the tables of docs/speed.md from the figures in benchmarks/results: the costs of a corpus and a student's step.
 
 python benchmarks/speed_page.py
 """
@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-# found beside this file also where Python is told not to look there: -P, PYTHONSAFEPATH
+# added here because Python with -P or PYTHONSAFEPATH does not search the folder of this script
 sys.path.insert(0, str(Path(__file__).parent))
 
 from machine import every_kept
@@ -22,13 +22,13 @@ _WHEN = ("before", "after")
 
 
 def main() -> None:
-    """Write the page anew."""
+    """Write the page with its tables filled in."""
     argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
     PAGE.write_text(filled(PAGE.read_text()))
 
 
 def filled(page: str) -> str:
-    """The page with its tables made anew."""
+    """Return the page with its tables made from the figures."""
     tables = {
         "memory": _memory(),
         "corpus": _corpus(),
@@ -90,7 +90,7 @@ def _step_row(name: str, precision: str, way: dict[str, Any], device: str) -> Ro
 
 
 def _before() -> list[Row]:
-    """The same step by an earlier commit and a later one, on one machine."""
+    """Return the table of the same step by an earlier and a later commit, on one machine."""
     rows: list[Row] = [
         (
             "what",
@@ -136,7 +136,7 @@ def _figures(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
 
 
 def _loss() -> list[Row]:
-    """The loss alone, forward and backward, at every shape."""
+    """Return the table of the loss alone, forward and backward, at every shape."""
     rows: list[Row] = [
         ("rows", "hidden", "vocabulary", "kept ids", "way", "ms before", "ms after", "ratio before", "ratio after"),
         ("---:", "---:", "---:", "---:", "---", *["---:"] * 4),

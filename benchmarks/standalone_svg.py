@@ -1,4 +1,4 @@
-"""A chart of a page as an SVG file that needs no page around it, with its colours for light and dark."""
+"""Turn a page's chart into an SVG file that needs no page around it, with colours for light and dark."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from importlib.resources import files
 
 
 def standalone(chart: str) -> str:
-    """The file's text.
+    """Return the text of the SVG file.
 
     Args:
-        chart: an `<svg>` element as `capgap.pipeline.pages.svg.draw` makes it.
+        chart: An `<svg>` element as `capgap.pipeline.pages.svg.draw` makes it.
     """
     light, dark, *_ = re.findall(
         r"(--paper:.*?)\n\s*}", files("capgap.pipeline.pages").joinpath("style.html.j2").read_text(), re.DOTALL

@@ -1,16 +1,16 @@
-"""What a stored token takes: bytes by part, what its distribution loses, and how fast it is written and read.
+"""The cost of a stored token: bytes by part, what its distribution loses, and how fast it is written and read.
 
 python benchmarks/store.py                                       vocabularies of 32,768 and 131,072 ids
 python benchmarks/store.py --vocab-sizes 32768                    one of them
-python benchmarks/store.py --distillkit ~/DistillKit             DistillKit's own code beside ours, on the same rows
-python benchmarks/store.py --page docs/format.md                 the kept figures as tables, into that page
+python benchmarks/store.py --distillkit ~/DistillKit             also DistillKit's own code, on the same rows
+python benchmarks/store.py --page docs/format.md                 write the kept figures as tables into that page
 
 Teacher and text are made from this Python's own library (teacher_rows.py) and kept in --folder; the first time takes
-some ten minutes a vocabulary. Beside ours stand plain int32 and float32, what simple models would take
-(entropy_bounds.py), and other programs' layouts at equal k, computed.
-`host part` is what is left to the host where a device decodes: read, check, inflate, gather into one buffer.
+about ten minutes per vocabulary. The codecs are compared with plain int32 and float32 arrays, with the bytes that
+simple models would take (entropy_bounds.py), and with the computed bytes of other programs' layouts at equal k.
+`host part` is the host's work where a device decodes: read, check, decompress, and gather into one buffer.
 
-Legend: S sequences, L targets a sequence, K ids kept, N = S x L rows.
+Legend: S sequences, L targets per sequence, K ids kept, N = S x L rows, T extra temperatures.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-# found beside this file also where Python is told not to look there: -P, PYTHONSAFEPATH
+# added here because Python with -P or PYTHONSAFEPATH does not search the folder of this script
 sys.path.insert(0, str(Path(__file__).parent))
 
 import numpy as np
@@ -55,14 +55,14 @@ Way = Callable[[], object]
 
 
 def main() -> None:
-    """Measure every vocabulary, temperature and codec; print a table; keep the figures."""
+    """Measure every vocabulary, temperature and codec, print a table, and write the figures to results/."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--vocab-sizes", type=int, nargs="+", default=[32768, 131072])
-    parser.add_argument("--steps", type=int, default=300, help="of the Llama")
+    parser.add_argument("--steps", type=int, default=300, help="training steps of the Llama")
     parser.add_argument("--folder", type=Path, default=Path("runs/teacher-rows"))
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--distillkit", type=Path, help="a checkout")
-    parser.add_argument("--page", type=Path, help="measure nothing: put the figures that are kept into this page")
+    parser.add_argument("--distillkit", type=Path, help="folder of a checkout of DistillKit, to measure it too")
+    parser.add_argument("--page", type=Path, help="measure nothing, and write the kept figures into this page")
     flags = parser.parse_args()
     if flags.page:
         fill_page(flags.page)
@@ -82,7 +82,7 @@ def main() -> None:
 
 
 def measure_loaders(rows: dict[str, np.ndarray], repeats: int) -> list[dict[str, Any]]:
-    """Tokens a second of this loader and of others over the same members: two million tokens, the rows many times."""
+    """Return the tokens per second of capgap's loader and others on the same members: the rows, repeated 64 times."""
     with tempfile.TemporaryDirectory() as scratch:
         found = []
         for name in (SAMPLED, TOPK_CODECS["near-lossless"], TOPK_CODECS["compact"]):
@@ -92,7 +92,7 @@ def measure_loaders(rows: dict[str, np.ndarray], repeats: int) -> list[dict[str,
 
 
 def write_cache(folder: Path, rows: dict[str, np.ndarray], codec_name: str, num_shards: int = 1) -> ShardReader:
-    """The rows of a regime as shards in that codec, each shard with all of them: 32,768 tokens in four members."""
+    """Write a regime's rows as shards in that codec; each shard has all rows, 32,768 tokens in four members."""
     codec = codec_of(rows, codec_name)
     folder.mkdir(parents=True, exist_ok=True)
     assert codec.ranking is not None
@@ -103,7 +103,7 @@ def write_cache(folder: Path, rows: dict[str, np.ndarray], codec_name: str, num_
 
 
 def codec_of(rows: dict[str, np.ndarray], name: str) -> Codec:
-    """The codec for these rows, ids ranked by the training text."""
+    """Return the codec for these rows, with ids ranked by their frequency in the training text."""
     ranking = Ranking(np.argsort(-rows["train_counts"], kind="stable").astype(np.int32))
     num_ids = NUM_SAMPLES if name == SAMPLED else NUM_KEPT
     return Codec(name, rows["tokens"].shape[1] - 1, len(ranking.ids_V), num_ids, ranking)
@@ -112,7 +112,7 @@ def codec_of(rows: dict[str, np.ndarray], name: str) -> Codec:
 def measure(
     regime: str, rows: dict[str, np.ndarray], repeats: int, peer: DistillKit | None = None
 ) -> list[dict[str, Any]]:
-    """One entry a codec; the speeds of all of them are taken in turn."""
+    """Return one entry per codec; their speeds are measured in turn."""
     with tempfile.TemporaryDirectory() as scratch:
         return _measure(regime, rows, repeats, peer, Path(scratch))
 
@@ -170,7 +170,7 @@ def _measure(
 
 
 def blocks_of(rows: dict[str, np.ndarray], kind: RecordingName) -> list[Block]:
-    """As the cache stage makes them, members of 8192 targets."""
+    """Return the rows as the cache stage makes them, in blocks of 8192 targets."""
     tokens_SL1 = rows["tokens"]
     shape = (len(tokens_SL1), tokens_SL1.shape[1] - 1)
     of = {
@@ -187,7 +187,7 @@ def blocks_of(rows: dict[str, np.ndarray], kind: RecordingName) -> list[Block]:
 
 
 def _bytes_of(data: list[bytes], num_tokens: int) -> dict[str, Any]:
-    """Bytes a token: of whole members, and of the columns compressed alone; overhead is the rest."""
+    """Return bytes per token, of whole members and of each part compressed alone; overhead is the rest."""
     total = sum(len(member) for member in data) / num_tokens
     members = [parts_of(member) for member in data]
     parts = {part: sum(member[part] for member in members) / num_tokens for part in PARTS}
@@ -203,7 +203,7 @@ def _ways(codec: Codec, blocks: list[Block], data: list[bytes]) -> dict[str, Way
 
 
 def _host_ways(reader: ShardReader) -> dict[str, Way]:
-    """What a host does where a device decodes: each member is read, and its sequences gathered into a buffer."""
+    """Return the host's work where a device decodes: read each member, and gather its sequences into a buffer."""
 
     def read() -> None:
         for member in range(reader.shard_set.num_members):
@@ -214,7 +214,7 @@ def _host_ways(reader: ShardReader) -> dict[str, Way]:
 
 
 def _plain_ways(blocks: list[Block]) -> dict[str, Way]:
-    """The same arrays as they are, int32 and float32, copied and no more."""
+    """Return ways that only copy the same arrays as they are, int32 and float32."""
     arrays = [[*vars(block.sequences).values(), *vars(block.targets).values()] for block in blocks]
     data = [[array.tobytes() for array in of] for of in arrays]
     kinds = [array.dtype for array in arrays[0]]
@@ -227,9 +227,9 @@ def _plain_ways(blocks: list[Block]) -> dict[str, Way]:
 
 
 def _speeds(ways: dict[str, Way], num_tokens: int, repeats: int) -> dict[str, tuple[int, int]]:
-    """Tokens a CPU-second, median and fastest; every repeat goes through all ways, and the first is not counted.
+    """Return tokens per CPU second, median and fastest; every repeat runs all ways, and the first is not counted.
 
-    What else runs on the machine shares its caches and cores' halves: the fastest repeat is the one least disturbed.
+    Other processes share the machine's caches and hyper-threads, and the fastest repeat is the least disturbed one.
     """
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for repeat in range(repeats + 1):
@@ -245,11 +245,15 @@ def _speeds(ways: dict[str, Way], num_tokens: int, repeats: int) -> dict[str, tu
 
 
 def _others(rows: dict[str, np.ndarray], blocks: dict[str, list[Block]], num_ids: int) -> dict[str, float]:
-    """Bytes a token of other layouts. They hold no tokens and no label's logprob, which take ours 2 to 3 bytes."""
+    """Return the bytes per token of other layouts.
+
+    The other programs' layouts hold neither tokens nor labels' logprobs, which take 2 to 3 bytes in capgap's.
+    """
     id_bits = math.ceil(math.log2(num_ids))
     ids_a_row = sum(len(block.targets.ids_D) for block in blocks["sampled"]) / rows["labels"].size
     return {
-        # id and count or logprob of 4 bytes each; label, number of ids or tail, token
+        # 4 bytes for each id and each count or logprob, and 4 for the label's logprob, the number of ids or tail, and
+        # token
         "plain sampled 50": round(8 * ids_a_row + 4 * 3, 2),
         "plain topk 64": float(8 * NUM_KEPT + 4 * 3),
         # ids bit-packed, the first 16 logprobs in bfloat16, six float32 coefficients of a polynomial for the others
@@ -261,7 +265,7 @@ def _others(rows: dict[str, np.ndarray], blocks: dict[str, list[Block]], num_ids
 
 
 def _megatron(blocks: list[Block]) -> float:
-    """Logprobs in float16, 16 bits of each id, a byte for its 17th; one zstd frame: the arrays alone."""
+    """Return bytes per token of Megatron-LM's arrays in zstd frames: float16 logprobs, 16 bits of ids, a 17th bit."""
     num_bytes = num_tokens = 0
     for block in blocks:
         targets = block.targets

@@ -1,4 +1,4 @@
-"""The kept figures of benchmarks/store.py as the tables of a page, between its two marks."""
+"""Write the kept figures of benchmarks/store.py as tables into a page, between its two marks."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-# found beside this file also where Python is told not to look there: -P, PYTHONSAFEPATH
+# added here because Python with -P or PYTHONSAFEPATH does not search the folder of this script
 sys.path.insert(0, str(Path(__file__).parent))
 
 from machine import RESULTS, machine, slug_of
@@ -23,7 +23,7 @@ _OTHERS = "| layout | bytes | KL, nats | over the kept ids alone | gradient erro
 
 
 def fill_page(page: Path) -> None:
-    """Replace what stands between the marks."""
+    """Replace the text between the page's marks by the tables."""
     found = json.loads((RESULTS / f"store-codecs-{slug_of(machine('cpu')['device'])}.json").read_text())
     text = page.read_text()
     before, rest = text.split(BEGIN)
@@ -32,7 +32,7 @@ def fill_page(page: Path) -> None:
 
 
 def tables(figures: list[dict[str, Any]]) -> str:
-    """A vocabulary after the other: our codecs, their bounds, other layouts at the middle entropy."""
+    """Return, for each vocabulary, tables of capgap's codecs, their bounds, and other layouts at the middle entropy."""
     parts = []
     for vocab_size in dict.fromkeys(entry["vocab_size"] for entry in figures):
         of = [entry for entry in figures if entry["vocab_size"] == vocab_size]
@@ -90,7 +90,7 @@ def _losses(entry: dict[str, Any]) -> tuple[str, str]:
 
 
 def _speed(entry: dict[str, Any], way: str) -> str:
-    """Millions of tokens in a second of one core, and in brackets of the fastest repeat."""
+    """Return millions of tokens per second of one core, with the fastest repeat in brackets."""
     if f"{way}_tokens_per_cpu_s" not in entry:
         return ""
     median = entry[f"{way}_tokens_per_cpu_s"] / 1e6

@@ -1,11 +1,11 @@
-"""What the parts of a member of a shard take, each compressed alone."""
+"""The bytes of the parts of a shard's member, each part compressed alone."""
 
 from __future__ import annotations
 
 import pyarrow as pa
 import zstandard
 
-# The parts of a table's row, by the names of columns.
+# The parts, with the names of their columns.
 PARTS = {
     "tokens": ("tokens", "starts", "mask"),
     "ids": ("ids", "repeated", "once"),
@@ -15,7 +15,7 @@ PARTS = {
 
 
 def parts_of(member: bytes) -> dict[str, int]:
-    """Bytes of a member's columns, each compressed alone, by part."""
+    """Return the bytes of a member's parts, where each column is compressed alone."""
     parts = dict.fromkeys(PARTS, 0)
     batch = pa.ipc.open_stream(zstandard.ZstdDecompressor().decompress(member)).read_next_batch()
     for column in batch.schema.names:

@@ -1,13 +1,13 @@
-"""Rows of a small teacher over real text, made from nothing but this Python: what the store is measured on.
+"""Make rows of a small teacher over real text, for measurements of the store; they need nothing but this Python.
 
     Lib/**/*.py --BPE--> tokens --+--> 4-gram model, Witten-Bell ----0.7--+
                                   +--> Llama of two layers, trained here --0.3--+--> p(next token), temperature
 
-One file in sixteen is held out of both models, and rows of sequences from anywhere in those are kept: the top 64
-tokens with the rest's mass, systematic samples, and the Llama's own logprobs, which stand for a student that knows
-less than the teacher. Three temperatures: 1, the one that brings the entropy to 2.7 nats, and 0.6.
+One file in sixteen is held out of both models. Sequences from random places of these files give the rows: the top 64
+tokens with their tail, systematic samples, and the Llama's own logprobs, which stand for a student that knows less than
+the teacher. There are three temperatures: 1, the one that gives an entropy of 2.7 nats, and 0.6.
 
-Legend: T tokens of a text, N rows, S sequences, L targets a sequence, K ids kept, V vocabulary.
+Legend: T tokens of a text, N rows, S sequences, L targets per sequence, K ids kept, V vocabulary.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _CHUNK_ROWS = 256
 
 
 def rows_of(folder: Path, vocab_size: int, steps: int) -> dict[str, dict[str, np.ndarray]]:
-    """By temperature's name, the rows; made once and kept in the folder."""
+    """Return the rows by the temperature's name; they are made once and kept in the folder."""
     names = {name: folder / f"rows-{vocab_size}-{steps}-{name}.npz" for name in REGIMES}
     if not all(path.exists() for path in names.values()):
         folder.mkdir(parents=True, exist_ok=True)
@@ -75,7 +75,7 @@ def _make(vocab_size: int, steps: int) -> dict[str, dict[str, Any]]:
 
 
 def _anywhere(tokens_T: np.ndarray) -> np.ndarray:
-    """Sequences from all over the text [S, L + 1]: one file after the other would be a few files only."""
+    """Return sequences from all over the text [S, L + 1], because consecutive ones would come from a few files only."""
     whole = len(tokens_T) // (SEQ_LEN + 1)
     chosen = np.random.default_rng(0).choice(whole, NUM_SEQUENCES, replace=False)
     return tokens_T[: whole * (SEQ_LEN + 1)].reshape(whole, SEQ_LEN + 1)[chosen]
@@ -84,7 +84,7 @@ def _anywhere(tokens_T: np.ndarray) -> np.ndarray:
 def _scored(
     tokens_L1: np.ndarray, llama: LlamaForCausalLM, ngrams: _Ngrams
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor, slice]]:
-    """Logprobs of the mixture and of the Llama, some rows at a time."""
+    """Yield the logprobs of the mixture and of the Llama, some rows at a time."""
     with torch.inference_mode():
         llama_LV = llama(torch.from_numpy(tokens_L1[None, :-1])).logits[0].float().log_softmax(-1)
     for start in range(0, SEQ_LEN, _CHUNK_ROWS):
@@ -94,7 +94,7 @@ def _scored(
 
 
 def _temperature_of(calibrating: list[torch.Tensor]) -> float:
-    """At which the mean entropy of these rows is `_MEDIUM_NATS`."""
+    """Return the temperature at which the mean entropy of these rows is `_MEDIUM_NATS`."""
     low, high = 0.3, 1.5
     for _ in range(8):
         middle = (low + high) / 2
@@ -109,7 +109,7 @@ def _entropy(logprobs_NV: torch.Tensor, temperature: float) -> torch.Tensor:
 
 
 def _texts() -> tuple[list[str], list[str]]:
-    """The standard library's sources with its tests, training and held out, in the order of their digests."""
+    """Return the standard library's sources, for training and held out, in the order of their digests."""
     lib = Path(sysconfig.get_paths()["stdlib"])
     found = []
     for path in lib.rglob("*.py"):
@@ -153,9 +153,9 @@ def _llama(tokens_T: np.ndarray, vocab_size: int, steps: int) -> LlamaForCausalL
 
 
 def _sampled_loss(llama: LlamaForCausalLM, batch_BL1: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
-    """Cross-entropy over the batch's own ids and some drawn evenly from the others, which stand for all others.
+    """Return the cross-entropy over the batch's own ids and uniformly sampled other ids, which stand for all others.
 
-    A full softmax over 120,000 ids would take twenty times as long a step.
+    With a full softmax over 120,000 ids, a step would take twenty times as long.
     """
     vocab_size = llama.config.vocab_size
     labels_N = batch_BL1[:, 1:].flatten()
@@ -172,7 +172,11 @@ def _sampled_loss(llama: LlamaForCausalLM, batch_BL1: torch.Tensor, rng: np.rand
 
 
 class _Ngrams:
-    """P(w | h) = (count(h w) + kinds(h) P(w | shorter h)) / (count(h) + kinds(h))."""
+    """An n-gram model with Witten-Bell smoothing.
+
+    P(w | h) = (count(h w) + kinds(h) P(w | shorter h)) / (count(h) + kinds(h)), where kinds(h) is the number of
+    distinct tokens after h.
+    """
 
     def __init__(self, tokens_T: np.ndarray, vocab_size: int) -> None:
         counts_V = np.bincount(tokens_T, minlength=vocab_size) + 0.5
@@ -185,7 +189,7 @@ class _Ngrams:
         return np.unique(keys_T, return_counts=True)
 
     def probs(self, tokens_L1: np.ndarray, rows: slice) -> np.ndarray:
-        """[N, V] after each token of these rows."""
+        """Return the probabilities of the token after each token of these rows, float32 [N, V]."""
         probs_NV = np.tile(self._unigram_V, (rows.stop - rows.start, 1))
         for order, (keys, counts) in zip(_ORDERS, self._tables, strict=True):
             contexts_T = _contexts(tokens_L1, order)
@@ -202,7 +206,7 @@ class _Ngrams:
 
 
 def _contexts(tokens_T: np.ndarray, order: int) -> np.ndarray:
-    """46 bits that name the order - 1 tokens from each place on."""
+    """Return 46-bit hashes of the `order` - 1 tokens from each position on."""
     size = len(tokens_T) - order + 2
     hashed_T = np.zeros(size, np.uint64)
     for i in range(order - 1):

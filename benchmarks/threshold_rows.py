@@ -1,11 +1,11 @@
-"""Probable tokens exactly, the others sampled: the variance that saves, and more samples for the same bytes.
+"""Compare storing probable tokens exactly and sampling the others with more systematic samples at the same bytes.
 
-python benchmarks/threshold_rows.py --cache runs/quality-smol/cache-50/cache     of a cache with both recordings
+python benchmarks/threshold_rows.py --cache runs/quality-smol/cache-50/cache     needs a cache with both recordings
 
-By calculation on the top-k tokens of each row, from their probabilities p. With n systematic samples a weight is the
-floor or the ceiling of n p, over n; sampling by a threshold keeps p itself where p is at least 1 / n. Both keep
-sum min(1, n p) distinct tokens. The variance is that of the weights, summed over a row's tokens: of the gradient at
-the student's logits. Rows in which a token that is not kept could reach 1 / n are left out.
+The variances are calculated from the probabilities p of each row's top-k tokens. With n systematic samples, a token's
+weight is the floor or the ceiling of n p, divided by n; sampling with a threshold keeps p itself where p is at least
+1 / n. Both keep sum min(1, n p) distinct tokens. The variance is that of the weights, summed over a row's tokens, which
+is that of the gradient at the student's logits. Rows in which a token outside the top k could reach 1 / n are left out.
 
 Legend: N rows, K top-k tokens.
 """
@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-# found beside this file also where Python is told not to look there: -P, PYTHONSAFEPATH
+# added here because Python with -P or PYTHONSAFEPATH does not search the folder of this script
 sys.path.insert(0, str(Path(__file__).parent))
 
 import numpy as np
@@ -28,16 +28,16 @@ from capgap.pipeline.stage.manifests import read_manifest
 from capgap.pipeline.store import ShardReader
 from capgap.schemas.records import SampledTargets, TopkTargets
 
-_STEP = 1 / 64  # nats, of a logprob as `near-lossless` has it
+_STEP = 1 / 64  # nats; the step of logprobs in the profile `near-lossless`
 _NUM_SAMPLES = (12, 25, 50)
 
 
 def main() -> None:
-    """Calculate, print, keep."""
+    """Calculate, print the figures, and write them to the results."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cache", type=Path, default=Path("runs/quality-smol/cache-50/cache"), help="a stage's folder")
-    parser.add_argument("--name", default="smol", help="in the results")
-    parser.add_argument("--members", type=int, default=4, help="of each recording")
+    parser.add_argument("--name", default="smol", help="name of the cache in the results")
+    parser.add_argument("--members", type=int, default=4, help="members that are read of each recording")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder for the figures")
     flags = parser.parse_args()
     manifest = read_manifest(flags.cache)
@@ -53,7 +53,7 @@ def main() -> None:
 
 
 def at(p_NK: np.ndarray, tail_N: np.ndarray, num_samples: int, id_bytes: float) -> dict[str, Any]:
-    """What both ways have at a number of samples, and the systematic samples that take as many bytes as the other."""
+    """Return the figures of both ways at a number of samples, and how many systematic samples take as many bytes."""
     systematic, ids, count_bytes = systematic_at(p_NK, tail_N, num_samples)
     fits_N = p_NK[:, -1] < 1 / num_samples
     p_NK, tail_N = p_NK[fits_N], tail_N[fits_N]
@@ -64,7 +64,7 @@ def at(p_NK: np.ndarray, tail_N: np.ndarray, num_samples: int, id_bytes: float) 
     steps_NK = np.diff(codes_NK, axis=1, prepend=0)
     exact_bytes = sum(_entropy_bits(steps_NK[is_exact_NK[:, k], k]) for k in range(p_NK.shape[1])) / len(p_NK) / 8
     extra = exact_bytes - count_bytes
-    # as many more systematic samples as those bytes would take
+    # add systematic samples until they take as many bytes as the exact probabilities
     more = num_samples
     while True:
         variance, wider, wider_count_bytes = systematic_at(p_NK, tail_N, more)
@@ -86,16 +86,16 @@ def at(p_NK: np.ndarray, tail_N: np.ndarray, num_samples: int, id_bytes: float) 
 
 
 def systematic_at(p_NK: np.ndarray, tail_N: np.ndarray, num_samples: int) -> tuple[float, float, float]:
-    """Variance, distinct tokens and bytes of the counts of a row, each a mean over the rows that fit.
+    """Return the variance, the number of distinct tokens and the bytes of the counts, as means over the rows that fit.
 
-    A tail of many tokens is taken for one of tokens without weight: its variance is its mass over n.
+    All tokens of the tail are taken to be improbable, so that the variance of the tail is its probability over n.
     """
     fits_N = p_NK[:, -1] < 1 / num_samples
     p_NK, tail_N = p_NK[fits_N], tail_N[fits_N]
     part_NK = np.modf(num_samples * p_NK)[0]
     variance = (part_NK * (1 - part_NK)).sum(1) / num_samples**2 + tail_N / num_samples
     ids = np.minimum(1, num_samples * p_NK).sum(1) + num_samples * tail_N
-    # counts of the tokens that are surely sampled, each place with a distribution of its own
+    # counts of the tokens that are certainly sampled, with a distribution of its own for each rank
     counts_NK = np.round(num_samples * p_NK).astype(np.int64)
     is_sure_NK = p_NK >= 1 / num_samples
     bits = sum(_entropy_bits(counts_NK[is_sure_NK[:, k], k]) for k in range(p_NK.shape[1]))
@@ -103,7 +103,7 @@ def systematic_at(p_NK: np.ndarray, tail_N: np.ndarray, num_samples: int) -> tup
 
 
 def _entropy_bits(numbers: np.ndarray) -> float:
-    """Of all of them together, by their own distribution."""
+    """Return the bits of all numbers together, coded by their own distribution."""
     if not len(numbers):
         return 0.0
     counts = np.unique(numbers, return_counts=True)[1]
@@ -123,7 +123,7 @@ def _probabilities(reader: ShardReader, place: tuple[int, int]) -> tuple[np.ndar
 
 
 def _id_bytes(reader: ShardReader, num_members: int) -> float:
-    """Of one distinct token, as a cache of samples stores it."""
+    """Return the bytes that a cache of samples takes for the id of one distinct token."""
     num_bytes = num_ids = 0
     for shard, member in _places(reader)[:num_members]:
         entry = reader.shard_set.shards[shard].member(member)

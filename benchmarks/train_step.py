@@ -1,22 +1,23 @@
-"""Step time and memory of distillation from a cache over cross-entropy alone: same student, batch and fused head.
+"""Step time and memory of distillation from a cache, compared with cross-entropy alone on the same student and batch.
 
 python benchmarks/train_step.py                  a real shape on a CPU, float32 and bf16-mixed: the figure to report
-python benchmarks/train_step.py --size toy       the demo's student: a microscope, in which the loss is half of a step
+python benchmarks/train_step.py --size toy       the demo's student, for which the loss is half of a step
 python benchmarks/train_step.py --device cuda    a student of a billion parameters, bf16-mixed
-python benchmarks/train_step.py --size smoke     the smallest size, to see that it works
+python benchmarks/train_step.py --size smoke     the smallest size, to check that it works
 
 The real shape is SmolLM2-135M with 6 of its 30 layers: 50 million parameters, 49,152 ids, and a cache by the whole
-model. `--rounds` sets the length: 9 rounds of it take four to eight minutes on two cores.
+model. `--rounds` sets the length: 9 rounds take four to eight minutes on two cores.
 
-A step is what a training does in it: the loader's next batch, forward, loss, backward, clipping, the optimizer.
+A step is a whole training step: the loader's next batch, forward, loss, backward, clipping, and the optimizer.
 Cross-entropy alone reads plain text shards, which hold no targets to decode; the others read a real cache of the same
-text by a small teacher. All run in one process, in turn, round after round.
+text. All run in one process, in turn, round after round.
 
-On a CPU time is CPU time of the process, which neighbours on the machine disturb least, and the loader decodes in the
-step's own thread, so that its work is counted whole: the mean over a whole epoch, as it comes in bursts. On a GPU it is
-the time between synchronised ends of a round, the loader's threads beside it. Ratios are medians over rounds, with
-their quartiles. The data-wait fraction is the time in which a step stood still for its batch, threads decoding ahead on
-either machine. Memory is weights and moments, and the peak of what torch allocates in a step.
+On a CPU, time is the CPU time of the process, which other processes on the machine disturb least. The loader decodes in
+the step's own thread, so that all its work is counted, as the mean over a whole epoch because it comes in bursts. On a
+GPU, time is that between synchronised ends of a round, while the loader's threads work in parallel. Ratios are medians
+over rounds, with their quartiles. The data-wait fraction is the share of the time in which a step waits for its batch,
+while threads decode ahead on either device. Memory is that of weights and moments, plus the peak that torch allocates
+in a step.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-# found beside this file also where Python is told not to look there: -P, PYTHONSAFEPATH
+# added here because Python with -P or PYTHONSAFEPATH does not search the folder of this script
 sys.path.insert(0, str(Path(__file__).parent))
 
 import torch
@@ -50,15 +51,15 @@ DATA_WAIT_GOAL, MEMORY_GOAL = 0.005, 1.05
 
 
 def main() -> None:
-    """Make a cache, measure, print, keep the figures."""
+    """Make a cache, measure, print the figures, and write them to the results."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument(
         "--work", type=Path, default=Path("runs/train_step"), help="folder of corpus, teacher and cache"
     )
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder for the figures")
-    parser.add_argument("--size", choices=["real", "toy", "smoke"], default="real", help="on a CPU")
-    parser.add_argument("--rounds", type=int, help="how many steps of each way are compared: the time that it takes")
+    parser.add_argument("--size", choices=["real", "toy", "smoke"], default="real", help="size on a CPU")
+    parser.add_argument("--rounds", type=int, help="number of rounds, which decides how long it takes")
     flags = parser.parse_args()
     keep_freed_memory()  # as `capgap` does
     os.environ.setdefault("CAPGAP_LEASE_DIR", str((flags.work / "leases").resolve()))
@@ -67,20 +68,20 @@ def main() -> None:
     kept_as = "train-step" if name in ("real", "cuda") else f"train-step-{name}"
     failed: list[str] = []
     for figures in measure(size, name, flags.device, flags.work / name, failed):
-        path = keep(kept_as, flags.device, figures, flags.results)  # of each precision as it comes
+        path = keep(kept_as, flags.device, figures, flags.results)  # written after each precision
         print(f"kept in {path}")
     if failed:
         sys.exit(f"not measured: {'; '.join(failed)}")
 
 
 def measure(size: Size, name: str, device: str, work: Path, failed: list[str]) -> Iterator[dict[str, Any]]:
-    """Milliseconds of a step, ratios, data-wait fractions, memory, and whether the goals were met, by precision.
+    """Measure a step's milliseconds, ratios, data-wait fractions and memory, and whether the goals were met.
 
-    All so far, after each precision; what could not be measured is added to `failed`.
+    Yields all figures so far after each precision; what could not be measured is added to `failed`.
     """
     model, corpus, cache = make_cache(size, work, device)
     sampled, student = cache.manifest.shard_sets["sampled"], corpus.manifest.shard_sets["student"]
-    # the shards from which the cache was made, and no others
+    # only the shards that the cache was made from
     text = ShardReader(corpus.path, student.model_copy(update={"shards": student.shards[: len(sampled.shards)]}))
     readers = {
         CROSS_ENTROPY: text,
@@ -119,7 +120,7 @@ def _measured(
     for name, reader in readers.items():
         with caught(f"{precision}, {name}", failed):
             way = Way(name, model, reader, size, device, precision)
-            way.step()  # what does not fit into memory shows here
+            way.step()  # fails here if it does not fit into memory
             ways[name] = way
     times = _interleaved(ways, size, device)
     waits = {name: _data_wait_fraction(way, size, device) for name, way in ways.items()}
@@ -133,19 +134,19 @@ def _measured(
 
 @dataclass(frozen=True)
 class Times:
-    """Milliseconds a step, a number a round: without the loader, and the loader's mean over all rounds."""
+    """Milliseconds of a step without the loader, one number per round, and the loader's mean over all rounds."""
 
     work_ms: list[float]
     loader_ms: float
 
     @property
     def total_ms(self) -> list[float]:
-        """With the loader."""
+        """Milliseconds of a step with the loader, one number per round."""
         return [work_ms + self.loader_ms for work_ms in self.work_ms]
 
 
 def _interleaved(ways: dict[str, Way], size: Size, device: str) -> dict[str, Times]:
-    """Of each way; each round takes the ways in another order."""
+    """Measure the times of each way; each round takes the ways in another order."""
     work_ms: dict[str, list[float]] = {name: [] for name in ways}
     loader_s: dict[str, float] = dict.fromkeys(ways, 0.0)
     for turn in range(size.rounds + 1):
@@ -160,7 +161,7 @@ def _interleaved(ways: dict[str, Way], size: Size, device: str) -> dict[str, Tim
             if device == "cpu":
                 loader_s[name] += way.waited_cpu_s
                 taken_s -= way.waited_cpu_s
-            if turn:  # the first round warms up; what its loader opened is opened for the others, and counts
+            if turn:  # the first round warms up, but its loader's time counts, because later rounds use what it opened
                 work_ms[name].append(1e3 * taken_s / size.steps)
     num_steps = (size.rounds + 1) * size.steps
     return {name: Times(work_ms[name], 1e3 * loader_s[name] / num_steps) for name in ways}
@@ -174,9 +175,9 @@ def _now_s(device: str) -> float:
 
 
 def _data_wait_fraction(way: Way, size: Size, device: str) -> float:
-    """Of the time of some steps on end, that in which the step stood still for its batch."""
+    """Return the share of the time of some consecutive steps in which a step waits for its batch."""
     way.batches = way.loader(THREADS)
-    way.step()  # its threads start with it
+    way.step()  # this starts the loader's threads
     way.waited_s = 0.0
     if device == "cuda":
         torch.cuda.synchronize()

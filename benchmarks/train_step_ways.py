@@ -1,4 +1,4 @@
-"""What benchmarks/train_step.py measures: students that learn from shards, step by step."""
+"""The students that benchmarks/train_step.py measures, which learn from shards step by step."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-# found beside this file also where Python is told not to look there: -P, PYTHONSAFEPATH
+# added here because Python with -P or PYTHONSAFEPATH does not search the folder of this script
 sys.path.insert(0, str(Path(__file__).parent))
 
 import torch
@@ -39,14 +39,14 @@ class Size:
     """What is measured on a device.
 
     Attributes:
-        run_file: whose corpus, teacher and student are taken; None takes a real model for teacher, and for student the
-            same with every fourth or fifth of its layers.
-        changes: to it.
-        num_tokens: of the cache: the steps of all rounds, and of one to warm up, are an epoch of it.
-        batch_sequences: of a step.
-        precisions: Lightning's names, measured one after the other.
-        rounds: each takes `steps` steps of every way.
-        steps: see `rounds`.
+        run_file: Path of the run file whose corpus, teacher and student are used; None for a real model as the teacher,
+            and the same model with every fifth of its layers as the student.
+        changes: Changes to the run file's sections.
+        num_tokens: Number of tokens of the cache; the steps of all rounds and of the warm-up are one epoch of it.
+        batch_sequences: Number of sequences in a step.
+        precisions: Lightning's names of the precisions, which are measured one after another.
+        rounds: Number of rounds that are counted.
+        steps: Number of steps of every way in a round.
     """
 
     run_file: str | None
@@ -99,9 +99,9 @@ SIZES = {
 
 
 def make_cache(size: Size, work: Path, device: str) -> tuple[PreTrainedModel, StageInput, StageInput]:
-    """The student, its corpus, and a cache of both recordings: by a real teacher, or one that has learnt for a minute.
+    """Return the student, its corpus, and a cache of both recordings, by a real teacher or one that is trained briefly.
 
-    What is made is not made again.
+    Finished stages are not made again.
     """
     given: dict[str, Any] = {"name": "train-step"}
     if size.run_file is not None:
@@ -109,7 +109,7 @@ def make_cache(size: Size, work: Path, device: str) -> tuple[PreTrainedModel, St
     else:
         teacher = str(real_model(SMOLLM2))
         given |= {"teacher": {"path": teacher}, "corpus": {"tokenizer": teacher}}
-    # no student is trained by the run, so that it need not say from which of the two recordings
+    # the run trains no student, so its file need not say which of the two recordings trainings use
     given = {name: value for name, value in given.items() if name not in ("train", "arms", "eval")}
     for name, changes in size.changes.items():
         given[name] = given.get(name, {}) | changes
@@ -127,7 +127,7 @@ def make_cache(size: Size, work: Path, device: str) -> tuple[PreTrainedModel, St
 
 
 def _fewer_layers(model: PreTrainedModel, num_layers: int) -> PreTrainedModel:
-    """The model with layers evenly spread over its depth: the shape of a pruned student, and weights near it."""
+    """Keep layers that are evenly spread over the model's depth, which gives it the shape of a pruned student."""
     layers = model.get_decoder().layers
     kept = [layers[number * len(layers) // num_layers] for number in range(num_layers)]
     for number, layer in enumerate(kept):
@@ -142,12 +142,14 @@ class Way:
     """One student in training.
 
     Attributes:
-        name: of the way.
-        model: is copied.
-        reader: of its shards; without targets it learns by cross-entropy alone.
-        size: what is measured on that device.
-        device: where it trains.
-        precision: Lightning's name.
+        name: Name of the way; `CROSS_ENTROPY` trains without targets.
+        model: The student, of which a copy is trained.
+        reader: Reader of its shards.
+        size: What is measured on the device.
+        device: The device on which it trains.
+        precision: Lightning's name of the precision.
+        waited_s: Wall seconds that steps waited for their batches.
+        waited_cpu_s: CPU seconds that steps waited for their batches.
     """
 
     name: str
@@ -170,18 +172,18 @@ class Way:
         self.batches = self.loader(0 if self.device == "cpu" else THREADS)
 
     def loader(self, threads: int) -> Iterator[Batch]:
-        """An epoch's batches; another one follows where it ends."""
+        """Return the batches of two epochs, so that the first may end during a measurement."""
         return iter(
             SequenceLoader(self.reader, LoaderSettings(self.size.batch_sequences, 0, num_epochs=2, threads=threads))
         )
 
     def step(self) -> None:
-        """One step, the time for its batch counted by itself too."""
+        """Take one step, and add the time that it waits for its batch to `waited_s` and `waited_cpu_s`."""
         started, cpu_started = time.perf_counter(), time.process_time()
         batch = next(self.batches)
         self.waited_s += time.perf_counter() - started
         self.waited_cpu_s += time.process_time() - cpu_started
-        # Lightning hands a batch over in this way, and computes in this context
+        # Lightning moves a batch to the device in this way, and computes in this context
         batch = batch.to(self.device)
         mixed = self.precision == "bf16-mixed"
         with torch.autocast(self.device, dtype=torch.bfloat16) if mixed else nullcontext():
@@ -193,7 +195,7 @@ class Way:
         self._optimizer.zero_grad()
 
     def standing_mb(self) -> float:
-        """Weights and the optimizer's moments."""
+        """Return the MiB of the weights and the optimizer's moments."""
         moments = [value for state in self._optimizer.state.values() for value in state.values()]
         tensors = [*self.model.parameters(), *(value for value in moments if isinstance(value, torch.Tensor))]
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors) / 2**20

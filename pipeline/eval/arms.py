@@ -1,4 +1,4 @@
-"""Arm against arm: paired differences of held-out loss, or of nearness to the teacher, at each seed and over all seeds.
+"""Paired differences between arms, in held-out loss or nearness to the teacher, at each seed and over all seeds.
 
 Legend: S sequences, R resamples.
 """
@@ -19,13 +19,20 @@ from capgap.pipeline.eval.intervals import (
 from capgap.schemas.results import PairedDifference, Quantity, SeedsDifference
 
 Losses = Mapping[str, Mapping[int, Float64Array]]
-"""Nats [S] of every student, summed over each sequence's labels, by arm and seed."""
+"""For every student, by arm and seed: nats summed over the labels of each sequence, float64 [S]."""
 
 
 def paired_differences(
     losses: Losses, labels_S: Int64Array, weights_RS: Int64Array, quantity: Quantity = "loss"
 ) -> tuple[PairedDifference, ...]:
-    """Every two arms at every seed that both have, with an interval over sequences."""
+    """Return the difference of every two arms at every seed that both have, with an interval over sequences.
+
+    Args:
+        losses: The quantity of every student, summed over the labels of each sequence.
+        labels_S: Number of labels of each sequence [S].
+        weights_RS: Weights of the bootstrap's resamples [R, S].
+        quantity: Name of the quantity.
+    """
     return tuple(
         _paired(first, second, seed, losses[first][seed] - losses[second][seed], labels_S, weights_RS, quantity)
         for first, second in combinations(losses, 2)
@@ -35,7 +42,7 @@ def paired_differences(
 
 
 def differences_over_seeds(paired: tuple[PairedDifference, ...]) -> tuple[SeedsDifference, ...]:
-    """Every two arms that share at least two seeds, with an interval over seeds."""
+    """Return the mean difference of every two arms that share at least two seeds, with an interval over seeds."""
     by_arms: dict[tuple[str, str, Quantity], list[PairedDifference]] = {}
     for difference in paired:
         by_arms.setdefault((difference.first, difference.second, difference.quantity), []).append(difference)

@@ -1,4 +1,4 @@
-"""Whether the teacher itself takes part in an evaluation, or the cache alone stands for it."""
+"""Decide whether an evaluation measures the teacher itself, or only uses its cache."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from capgap.schemas.results import TEACHER
 from capgap.schemas.run_eval import EvalSettings
 
 NO_TEACHER = "the run has none: a finished cache stands for it"
-OTHER_TOKENS = "its tokens are others than the students', so that there is no KL by token: chunks of text stand for it"
+OTHER_TOKENS = "its tokenizer differs from the students', so that there is no KL by token: chunks of text stand for it"
 SERVED_TEACHER = "it is served elsewhere: its cache stands for it"
 
 
@@ -23,7 +23,7 @@ def require_teacher_if_wanted(settings: EvalSettings, inputs: Mapping[str, Stage
     """Refuse settings that need the teacher itself in a run that has none.
 
     Raises:
-        SettingError: it is to be measured, or students are to draft for it.
+        SettingError: The settings ask to measure the teacher, or to let students draft for it.
     """
     if TEACHER in inputs or (settings.teacher != "live" and settings.speculative is None):
         return
@@ -40,11 +40,11 @@ def require_teacher_if_wanted(settings: EvalSettings, inputs: Mapping[str, Stage
 
 
 def why_missing(context: StageContext) -> str | None:
-    """Why the teacher itself is not measured, in words; None where it is.
+    """Return why the teacher itself is not measured, in words; None where it is measured.
 
-    It is not in a run that has none, for a finished cache stands for it. Under `auto` it is not where its model is not
-    to be found, or its weights are more than the device has free. Under `live`, and where students are to draft for it,
-    nothing excuses it: whatever is wrong is raised when it is loaded.
+    A run without a teacher does not measure it: a finished cache stands for it. Under `auto` it is not measured where
+    its model cannot be found, or its weights exceed the device's free memory. Under `live`, and where students draft
+    for it, it is always measured: whatever is wrong with it is raised when it is loaded.
     """
     settings = context.run.eval
     if settings.teacher == "cache":
@@ -70,6 +70,6 @@ def why_missing(context: StageContext) -> str | None:
 
 
 def _bytes_a_parameter(config: object) -> int:
-    """Bytes of a weight in the dtype that the configuration names."""
+    """Return the bytes of a weight in the configuration's dtype, which is float32 where it names none."""
     dtype = getattr(config, "dtype", None)
     return 4 if dtype is None else int(dtype.itemsize)

@@ -1,4 +1,4 @@
-"""A student's distributions against what the cache holds of held-out sequences; the teacher itself is not needed.
+"""Compare a student's distributions with the cache's targets of held-out sequences; this needs no teacher.
 
 Legend: B sequences of a block, S sequences, N rows (labelled positions), K ids kept, V real vocabulary, R resamples.
 """
@@ -36,13 +36,13 @@ _LOG = logging.getLogger("capgap")
 
 @dataclass(frozen=True)
 class CachedRows:
-    """The held-out sequences of one recording.
+    """The cache's held-out sequences in one recording.
 
     Attributes:
-        reader: of their shards.
-        facts: of the cache.
-        recording: which.
-        num_sequences: that are read, of those that hold a label.
+        reader: Reads their shards.
+        facts: Facts of the cache's manifest.
+        recording: The recording that is read.
+        num_sequences: Number of sequences that are read at most; sequences without a label do not count.
     """
 
     reader: ShardReader
@@ -51,10 +51,13 @@ class CachedRows:
     num_sequences: int
 
     def blocks(self) -> Iterator[tuple[Sequences, Batch, Float64Array]]:
-        """Sequences, their targets' rows and the teacher's logprobs of their labels [N], block after block.
+        """Yield each block's sequences, their targets, and the teacher's logprobs of their labels [N], float64.
+
+        Chunks have no logprobs of single labels, so that array is then empty.
 
         Raises:
-            CorruptError, InputError: as the reader.
+            CorruptError: A shard is damaged.
+            InputError: A shard cannot be read.
         """
         missing = self.num_sequences
         for index in range(self.reader.shard_set.num_members):
@@ -73,14 +76,14 @@ class CachedRows:
                 return
 
     def described(self) -> tuple[HeldoutCache, Int64Array]:
-        """What is read, and the labels of each sequence [S]."""
+        """Describe what is read, and return the number of labels of each sequence [S]."""
         labels, nats = [], 0.0
         for sequences, _, label_logprobs_N in self.blocks():
             labels.append(num_labels(sequences))
             nats -= float(label_logprobs_N.sum())
         labels_S = np.concatenate(labels) if labels else np.zeros(0, np.int64)
         aligned = self.facts.aligned
-        # what an import does not know of a single label, nobody knows of the mean
+        # an imported cache may lack the logprob of a label, which is then NaN, and so is the mean
         known = self.facts.temperature == 1 and aligned is None and not math.isnan(nats)
         found = HeldoutCache(
             recording=self.recording,
@@ -94,7 +97,10 @@ class CachedRows:
 
 
 def cached_rows(cache: StageInput, num_sequences: int) -> CachedRows | None:
-    """The cache's held-out sequences, of `topk` where it has that; None where it has none, or some in quarantine."""
+    """Return the cache's held-out sequences, in the recording `topk` where it has that.
+
+    None where the cache has no held-out sequences, or where some of their shards are in quarantine.
+    """
     facts = CacheFacts.model_validate(cache.manifest.facts)
     names: list[RecordingName] = sorted(facts.recordings, reverse=True)
     for name in names:
@@ -111,12 +117,12 @@ def cached_rows(cache: StageInput, num_sequences: int) -> CachedRows | None:
 
 @dataclass(frozen=True)
 class CachedSums:
-    """What one student made of the sequences, summed over the labels of each.
+    """One student's results on the cache's held-out sequences, each summed over the labels of a sequence.
 
     Attributes:
-        nats_S: loss of the text [S].
-        apart_S: KL, or cross-entropy with the teacher's samples [S].
-        top1_S: top-1 agreements [S]; without meaning for chunks.
+        nats_S: Loss of the text, in nats [S].
+        apart_S: KL divergence, or cross-entropy with the teacher's samples, in nats [S].
+        top1_S: Number of top-1 agreements [S]; has no meaning for chunks.
     """
 
     nats_S: Float64Array
@@ -124,7 +130,7 @@ class CachedSums:
     top1_S: Float64Array
 
     def result(self, recording: RecordingName, labels_S: Int64Array, weights_RS: Int64Array) -> AgainstCache:
-        """Means over labels, with intervals over sequences."""
+        """Return the means over labels, with intervals over sequences."""
         count = labels_S.sum()
         apart = float(self.apart_S.sum() / count)
         return AgainstCache(
@@ -148,20 +154,20 @@ def score_on_cache(
     meter: Meter | None,
     calibration: CalibrationError | None = None,
 ) -> CachedSums:
-    """Score a student on the cache's held-out sequences, as its teacher was scored: under the cache's context rule.
+    """Score a student on the cache's held-out sequences under the cache's context rule, as its teacher was scored.
 
     Args:
-        model: as for `score`, like the following ones.
-        cached: what is scored, and held against.
-        name: of the model.
-        vocab_size: real ids.
-        batch_sequences: sequences in one forward pass.
-        meter: counts sequences and tokens.
-        calibration: of these sequences, where they are all that the student is measured on.
+        model: A causal LM of Hugging Face's interface, on its device and in eval mode.
+        cached: The sequences that are scored, with the targets that the student is compared with.
+        name: Name of the model, for errors.
+        vocab_size: Number of real ids.
+        batch_sequences: Number of sequences in one forward pass.
+        meter: Counts sequences and tokens.
+        calibration: Counts these sequences, where they are the only text that the student is measured on; else None.
 
     Raises:
-        InputError: a loss is not a number.
-        CorruptError: as the reader.
+        InputError: A loss is not a number.
+        CorruptError: A shard is damaged.
     """
     found: list[tuple[Float64Array, ...]] = []
     first = 0
@@ -189,7 +195,7 @@ def score_on_cache(
 
 
 class _Against:
-    """Takes a block's rows in order, and holds each against the target of its place."""
+    """Takes a block's rows in order, and compares each with the target of its position."""
 
     def __init__(self, batch: Batch, temperature: float) -> None:
         assert batch.ids_NK is not None and batch.weights_NK is not None
@@ -200,7 +206,7 @@ class _Against:
         self._found: list[torch.Tensor] = []
 
     def rows(self) -> torch.Tensor:
-        """What `against_targets` says of all of them."""
+        """Return what `against_targets` returned for all rows: float64 [N, 2]."""
         return torch.cat(self._found)
 
     def add(self, logprobs_NV: torch.Tensor) -> None:
@@ -213,7 +219,7 @@ class _Against:
 
 
 class _ChunksAgainst:
-    """Takes a block's rows in order, and holds the student's likelihood of each chunk against the teacher's."""
+    """Takes a block's rows in order, and compares the student's likelihood of each chunk with the teacher's."""
 
     def __init__(self, batch: Batch) -> None:
         self._batch = batch
@@ -226,7 +232,7 @@ class _ChunksAgainst:
         self._found.append(logprobs_NV.gather(1, labels_N1)[:, 0].double().cpu())
 
     def rows(self) -> torch.Tensor:
-        """The divergence of each labelled row, where a chunk ends, and 0: float64 [N, 2]."""
+        """Return the chunk's divergence at each labelled row where a chunk ends (else 0), and 0: float64 [N, 2]."""
         left_N, teacher_N = self._batch.chunk_left_N, self._batch.chunk_logprobs_N
         assert left_N is not None and teacher_N is not None
         counted_N = self._batch.labels_BL.flatten() >= 0
@@ -239,9 +245,16 @@ class _ChunksAgainst:
 def against_targets(
     ids_NK: torch.Tensor, p_NK: torch.Tensor, tail_N: torch.Tensor | None, logq_NV: torch.Tensor
 ) -> torch.Tensor:
-    """How far the student is from the target at each row, and whether their top-1 tokens agree: float64 [N, 2].
+    """Return the student's distance from the target at each row, and whether their top-1 tokens agree: float64 [N, 2].
 
-    With a tail it is KL(teacher || student), all ids that were not kept being one; without, the cross-entropy.
+    With a tail, the distance is KL(teacher || student) with all ids that were not kept taken as one. Without a tail, it
+    is the cross-entropy of the student with the teacher's samples. Both are in nats.
+
+    Args:
+        ids_NK: Ids of the target, int64 [N, K].
+        p_NK: Their probabilities; 0 for padding [N, K].
+        tail_N: Probability of all other ids [N]; None for samples, which have no tail.
+        logq_NV: The student's logprobs, float32 [N, V].
     """
     logq_NK = logq_NV.gather(1, ids_NK).double()
     p_NK = p_NK.double()

@@ -5,7 +5,7 @@ Legend: S sequences, N rows (labelled positions), V real vocabulary, B bins, R r
 Bin m of 15 holds the rows at which the top-1 token has a probability in ((m - 1) / 15, m / 15]. Over bins of n_m of N
 rows, ECE is the sum of n_m / N x |share of rows at which that token is the label - mean probability|: Guo et al., "On
 Calibration of Modern Neural Networks", 2017 (arXiv 1706.04599), equation 3. As a mean of absolute values it is above
-0 also for a calibrated model, the more so the fewer the rows; so are its resamples, and its interval.
+0 even for a calibrated model, and the more so the fewer rows there are. The same holds for its resamples and interval.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ NUM_BINS = 15
 
 
 class CalibrationError:
-    """Sums over the rows of each sequence; hand it to :func:`capgap.pipeline.eval.measure.score`.
+    """Collects the calibration of one model, when it is given to :func:`capgap.pipeline.eval.measure.score`.
 
     Args:
-        num_sequences: S.
+        num_sequences: Number of sequences S.
 
     Attributes:
-        excess_SB: probability of the top-1 token minus 1 where it is the label, summed over the rows of each sequence
-            that fall into each bin [S, B], float64.
-        counts_SB: rows of each sequence in each bin [S, B].
-        confidence_SB: probability of the top-1 token, summed in the same way [S, B], float64.
+        excess_SB: Probability of the top-1 token, minus 1 where that token is the label, summed over the rows of each
+            sequence that fall into each bin [S, B], float64.
+        counts_SB: Number of rows of each sequence in each bin [S, B], int64.
+        confidence_SB: Probability of the top-1 token, summed over the same rows [S, B], float64.
     """
 
     def __init__(self, num_sequences: int) -> None:
@@ -38,19 +38,19 @@ class CalibrationError:
         self.confidence_SB: Float64Array = np.zeros((num_sequences, NUM_BINS))
 
     def part(self, start: int, stop: int) -> CalibrationError:
-        """That of the sequences `start` to `stop`, counted from 0 there: what is added to it is added here."""
+        """Return a view of the sequences `start` to `stop`, counted from 0; what is added to it is added here too."""
         part = CalibrationError(0)
         part.excess_SB = self.excess_SB[start:stop]
         part.counts_SB, part.confidence_SB = self.counts_SB[start:stop], self.confidence_SB[start:stop]
         return part
 
     def add(self, sequence: int, logprobs_NV: torch.Tensor, labels_N: torch.Tensor) -> None:
-        """Count further rows of a sequence: float32 logprobs at temperature 1, and labels, int64."""
+        """Count further rows of a sequence, given as float32 logprobs at temperature 1 and int64 labels."""
         top_N, ids_N = logprobs_NV.max(-1)
         self.count(sequence, top_N.double().exp(), ids_N == labels_N)
 
     def count(self, sequence: int, confidence_N: torch.Tensor, right_N: torch.Tensor) -> None:
-        """Count further rows of a sequence: probabilities of the top-1 tokens, float64, and whether they are right."""
+        """Count further rows of a sequence: float64 probabilities of the top-1 tokens, and whether these are right."""
         bins_N = (confidence_N * NUM_BINS).ceil().long().clamp(1, NUM_BINS) - 1
         on_host_N, sure_N = bins_N.cpu(), confidence_N.cpu()
         self.excess_SB[sequence] += np.bincount(on_host_N, sure_N - right_N.double().cpu(), NUM_BINS)
@@ -58,13 +58,13 @@ class CalibrationError:
         self.confidence_SB[sequence] += np.bincount(on_host_N, sure_N, NUM_BINS)
 
     def error(self, labels_S: Int64Array, weights_RS: Int64Array) -> tuple[float, Interval]:
-        """The error, and its interval over sequences."""
+        """Return the expected calibration error, and its bootstrap interval over sequences."""
         found = self.value(int(labels_S.sum()))
         resampled_R = np.abs(weights_RS @ self.excess_SB).sum(axis=1) / (weights_RS @ labels_S)
         return found, interval_of(resampled_R)
 
     def reliability(self) -> tuple[ReliabilityBin, ...]:
-        """Every bin that holds a row."""
+        """Return the bins that hold at least one row."""
         counts_B, sure_B, excess_B = (sums.sum(0) for sums in (self.counts_SB, self.confidence_SB, self.excess_SB))
         return tuple(
             ReliabilityBin(num_tokens=int(count), confidence=float(sure / count), right=float((sure - excess) / count))
@@ -73,5 +73,5 @@ class CalibrationError:
         )
 
     def value(self, num_rows: int) -> float:
-        """The error alone; `num_rows` is how many were counted."""
+        """Return the expected calibration error without an interval; `num_rows` is the number of counted rows."""
         return float(np.abs(self.excess_SB.sum(axis=0)).sum() / num_rows)

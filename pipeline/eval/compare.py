@@ -1,4 +1,4 @@
-"""A student's distributions against the teacher's full ones.
+"""Compare a student's distributions with the teacher's full distributions.
 
 Legend: N rows (labelled positions), S sequences, R resamples, V real vocabulary, K top tokens.
 """
@@ -19,30 +19,35 @@ _NUM_TOP = 5
 
 
 class Comparison:
-    """Collects rows as a student is scored; hand `add` to :func:`capgap.pipeline.eval.measure.score`."""
+    """Compares rows as a student is scored: give `add` to :func:`capgap.pipeline.eval.measure.score` as `visit`."""
 
     def __init__(self, spool: Spool) -> None:
         self._spool, self._num_rows = spool, 0
         self._found: list[torch.Tensor] = []
 
     def add(self, logprobs_NV: torch.Tensor) -> None:
-        """Compare the student's next rows with the teacher's rows of the same place."""
+        """Compare the student's next rows with the teacher's rows of the same positions."""
         stop = self._num_rows + len(logprobs_NV)
         teacher_NV = self._spool.rows(self._num_rows, stop).to(logprobs_NV.device)
         self._found.append(compare_rows(teacher_NV, logprobs_NV).cpu())
         self._num_rows = stop
 
     def kl_of_sequences(self, labels_S: Int64Array) -> Float64Array:
-        """KL of each sequence, summed over its labels [S]; `labels_S` is how many rows each one has."""
+        """Return the KL of each sequence, summed over its labels, in nats [S]; `labels_S` is its number of rows."""
         return sums_of_sequences(torch.cat(self._found)[:, 0].numpy(), labels_S)
 
     def result(
         self, name: str, labels_S: Int64Array | None = None, weights_RS: Int64Array | None = None
     ) -> AgainstTeacher:
-        """Means over the rows so far, with intervals over sequences where their labels and weights are given.
+        """Return the means over the rows so far, with intervals over sequences where labels and weights are given.
+
+        Args:
+            name: Name of the student, for errors.
+            labels_S: Number of labels of each sequence [S].
+            weights_RS: Weights of the bootstrap's resamples [R, S].
 
         Raises:
-            InputError: the KL is infinite; `name` is the student's.
+            InputError: The KL is infinite or not a number.
         """
         rows_N4 = torch.cat(self._found)
         kl, top1, top5, acceptance = rows_N4.mean(dim=0).tolist()
@@ -66,16 +71,16 @@ class Comparison:
 
 
 def sums_of_sequences(values_N: Float64Array, labels_S: Int64Array) -> Float64Array:
-    """Sums over the rows of each sequence, which stand one after the other: `labels_S` rows each, at least one."""
+    """Sum values over each sequence's consecutive rows [S]; sequence s has `labels_S[s]` rows, at least one."""
     sums_S: Float64Array = np.add.reduceat(values_N, np.cumsum(labels_S) - labels_S)
     return sums_S
 
 
 def compare_rows(teacher_NV: torch.Tensor, student_NV: torch.Tensor) -> torch.Tensor:
-    """KL(teacher || student), top-1 agreement, top-5 agreement and acceptance of each row: float64 [N, 4].
+    """Return KL(teacher || student), top-1 agreement, top-5 agreement and acceptance of each row: float64 [N, 4].
 
-    Both are float32 logprobs. Terms are float32, sums float64; an id to which the teacher gives probability 0 adds 0
-    to the KL.
+    Both arguments are float32 logprobs. The KL is in nats. Terms are float32 and sums float64; an id to which the
+    teacher gives probability 0 adds 0 to the KL.
     """
     p_NV, q_NV = teacher_NV.exp(), student_NV.exp()
     terms_NV = torch.where(p_NV > 0, p_NV * (teacher_NV - student_NV), 0.0)

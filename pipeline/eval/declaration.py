@@ -1,4 +1,4 @@
-"""What the rest of the pipeline knows of the eval stage."""
+"""The eval stage's declaration: what the rest of the pipeline knows about it."""
 
 from __future__ import annotations
 
@@ -31,6 +31,6 @@ STAGE = Stage(
     settings=lambda run, instance: {"eval": run.eval.decisive()},
     on_device=True,
     preflight="capgap.pipeline.eval.preflight:require_measurable",
-    # held-out shards in quarantine are not measured on, others not read
+    # held-out shards in quarantine are not used, and the stage reads no other shards of the cache
     may_skip_quarantined=lambda run, instance: True,
 )

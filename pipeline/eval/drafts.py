@@ -1,10 +1,11 @@
-"""Speculative decoding, measured: a student drafts for the teacher in vLLM, and what the teacher accepts is counted.
+"""Measure speculative decoding: a student drafts for the teacher in vLLM, and the tokens that it accepts are counted.
 
-stage --DraftJob--> a process of its own: vLLM with both models, then gone with their memory --> Drafted
+stage --DraftJob--> a process of its own, which runs vLLM with both models and frees their memory by ending --> Drafted
 
-Both sample at temperature 1 and drafts are judged by rejection sampling (Leviathan et al., arXiv 2211.17192; Chen et
-al., arXiv 2302.01318): the first token of a draft is accepted with the probability sum over ids of min(p, q), which is
-what `AgainstTeacher.acceptance` foretells, there on held-out text and here on what the teacher writes itself.
+Both models sample at temperature 1, and drafts are judged by rejection sampling (Leviathan et al., arXiv 2211.17192;
+Chen et al., arXiv 2302.01318): the first token of a draft is accepted with the probability sum over ids of min(p, q).
+`AgainstTeacher.acceptance` predicts this probability on held-out text; here it is counted on text that the teacher
+writes.
 """
 
 from __future__ import annotations
@@ -34,15 +35,15 @@ _FIX = "leave eval.speculative out, or measure on a machine where vLLM runs both
 
 @dataclass(frozen=True)
 class DraftJob:
-    """One student and the teacher.
+    """What a process needs to measure one student's drafts for the teacher.
 
     Attributes:
-        teacher: folder or id.
-        student: folder.
-        prompts: token ids of the beginnings that are continued, all of one length.
-        settings: how many tokens, and so on.
-        device: `cpu` or `cuda:0`.
-        trust_remote_code: run code that comes with the models.
+        teacher: Folder or Hugging Face id of the teacher.
+        student: Folder of the student.
+        prompts: Token ids of the prompts that are continued, all of one length.
+        settings: The settings `eval.speculative`.
+        device: The device, such as `cpu` or `cuda:0`.
+        trust_remote_code: Whether code that comes with the models may run.
     """
 
     teacher: str
@@ -54,10 +55,10 @@ class DraftJob:
 
 
 def prompts_of(sequences: Sequences, settings: SpeculativeSettings) -> tuple[tuple[int, ...], ...]:
-    """The beginnings of the first sequences.
+    """Return the beginnings of the first sequences as prompts.
 
     Raises:
-        SettingError: a sequence is not longer than what is to be written.
+        SettingError: A sequence is not longer than the number of new tokens.
     """
     room = sequences.tokens_BL1.shape[1] - 1 - settings.num_new_tokens
     if room < 1:
@@ -78,17 +79,17 @@ def require_drafting() -> None:
 
 
 def drafted(job: DraftJob) -> Drafted:
-    """What came of it; it takes a start of vLLM, and memory for both models at once.
+    """Run the job and return its counts; this starts vLLM, and needs memory for both models at once.
 
     Raises:
-        MachineError: vLLM cannot run these models so, or failed.
+        MachineError: vLLM cannot run these models together, or failed.
     """
-    # a process of its own: the models' memory is certainly free when the next student's is asked for
+    # the end of the process certainly frees the models' memory before the next student is loaded
     with ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=die_with, initargs=(os.getpid(),)) as pool:
         try:
             found = pool.submit(_drafted_or_why_not, job).result()
         except BrokenProcessPool:
-            found = "its process was killed, perhaps for want of memory"
+            found = "its process was killed, perhaps because memory ran out"
     if isinstance(found, str):
         raise MachineError(
             "speculative decoding cannot be measured", where=f"eval.speculative: {job.student}", found=found, fix=_FIX
@@ -127,7 +128,7 @@ def _drafted(job: DraftJob) -> Drafted:
             "method": "draft_model",
             "model": job.student,
             "num_speculative_tokens": settings.num_speculative_tokens,
-            # vLLM's own choice is the draft's top-1 token, which is accepted with its probability alone
+            # by default vLLM drafts the top-1 token, which is accepted only with the teacher's probability of it
             "draft_sample_method": "probabilistic",
         },
         **memory_settings(config, job.device, tokens, length, settings.gpu_memory_fraction, 1, 1),
@@ -152,10 +153,10 @@ def _drafted(job: DraftJob) -> Drafted:
 
 
 def _mend_temperatures() -> None:
-    """Replace vLLM's spreading of a request's temperature over its drafted tokens.
+    """Replace the vLLM function that repeats a request's temperature for each of its drafted tokens.
 
-    The CPU build (seen in 0.32.0) writes them into a copy of another dtype and divides the teacher's logits by whatever
-    the memory held: of a student that is the teacher itself, a tenth of the drafts were accepted.
+    The CPU build (seen in 0.32.0) writes the temperatures into a copy of another dtype, and divides the teacher's
+    logits by uninitialised memory: where the student was the teacher itself, only a tenth of the drafts were accepted.
     """
     from vllm.v1.sample import rejection_sampler
 
@@ -165,7 +166,7 @@ def _mend_temperatures() -> None:
 def _spread(
     values_B: torch.Tensor, ends_B: torch.Tensor, num_tokens: int, replace_from: int = 0, replace_to: int = 0
 ) -> torch.Tensor:
-    """The value of each request at each of its tokens, which end at `ends_B`; one value replaced by another."""
+    """Repeat each request's value for each of its tokens, which end at `ends_B`, and replace one value by another."""
     values_B = torch.where(values_B == replace_from, torch.full_like(values_B, replace_to), values_B)
     sizes_B = torch.diff(ends_B, prepend=ends_B.new_zeros(1)).long()
     return values_B.repeat_interleave(sizes_B, output_size=num_tokens)

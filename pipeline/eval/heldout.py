@@ -1,6 +1,6 @@
 """The held-out text that every model is measured on.
 
-Legend: B sequences of a block, S sequences, L targets a sequence.
+Legend: B sequences of a block, S sequences, L targets per sequence.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from capgap.schemas.records import Sequences
 
 
 def first_sequences(folder: Path | str, shard_set: ShardSet, num_sequences: int) -> Sequences:
-    """The first sequences of a shard set that hold a label, `num_sequences` of them or all there are.
+    """Return the first sequences of a shard set that hold a label.
 
     Args:
-        folder: or URL, of the shards.
-        shard_set: their description.
-        num_sequences: see above.
+        folder: Folder or URL of the shards.
+        shard_set: The shard set's entry in the manifest.
+        num_sequences: Number of sequences to return; all of them, if there are fewer.
 
     Raises:
-        InputError: there is none.
+        InputError: No sequence holds a label.
     """
     blocks: list[Sequences] = []
     missing = num_sequences
@@ -46,25 +46,25 @@ def first_sequences(folder: Path | str, shard_set: ShardSet, num_sequences: int)
 
 
 def num_labels(sequences: Sequences) -> Int64Array:
-    """Labels of each sequence, int64 [S]."""
+    """Return the number of labels of each sequence, int64 [S]."""
     labels_S: Int64Array = sequences.mask_BL1[:, 1:].sum(axis=1, dtype=np.int64)
     return labels_S
 
 
 def labels_per_byte(facts: TextFacts, sequences: Sequences, tokenizer: Callable[[], PreTrainedTokenizerBase]) -> float:
-    """Labels for each UTF-8 byte of the text that they say: a loss per label, times this, is one per byte.
+    """Return the number of labels per UTF-8 byte of their text; a loss per label times this is a loss per byte.
 
-    Where all text is learnt, that is what the corpus counted. Of conversations the text of the labels themselves is
-    counted, without special tokens: what is only read, and marks of roles, would make it another number.
+    Where every token of the text is a label, the corpus has counted both. For conversations, the labels are decoded and
+    their bytes counted without special tokens, because text that is only read, and marks of roles, must not count.
 
     Args:
-        facts: of the text.
-        sequences: of it, that were measured.
-        tokenizer: asked for where the text of labels is counted.
+        facts: Facts of the corpus, or of the cache that stands for it.
+        sequences: The held-out sequences that were measured.
+        tokenizer: Returns the tokenizer; only called where labels are decoded.
     """
     heldout = facts.splits["heldout"]
     num_labels = sum(counts.num_labels for counts in heldout.by_source.values())
-    is_aligned = isinstance(facts, CacheFacts) and facts.aligned is not None  # never of conversations
+    is_aligned = isinstance(facts, CacheFacts) and facts.aligned is not None  # aligned caches hold no conversations
     is_all = num_labels == heldout.num_text_tokens if heldout.by_source else bool(sequences.mask_BL1[:, 1:].all())
     if is_all or is_aligned:
         return heldout.num_text_tokens / heldout.num_text_bytes
@@ -74,5 +74,5 @@ def labels_per_byte(facts: TextFacts, sequences: Sequences, tokenizer: Callable[
         said += [tokens_L[start:stop].tolist() for start, stop in zip(ends[::2], ends[1::2], strict=True)]
     texts = tokenizer().batch_decode(said, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     num_bytes = sum(len(text.encode(errors="replace")) for text in texts)
-    # labels may be nothing but ends of turns
+    # the labels may all be special tokens that end turns, which have no text
     return sum(map(len, said)) / max(num_bytes, 1)

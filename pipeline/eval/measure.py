@@ -1,13 +1,13 @@
 """Scores sequences with one model.
 
-Legend: P parts of a batch, m targets of a part, M of the longest, S sequences, L targets a sequence, N labelled
-positions, V real vocabulary.
+Legend: P parts of a batch, m targets of a part, M targets of the longest part, S sequences, L targets per sequence, N
+labelled positions, V real vocabulary.
 
-A part is a sequence, or under the rule `document` a document of one: a row of its own, so that any architecture is
-measured as it is to be used. No token sees what follows it, so the padding behind a part changes none of its logits.
+A part is a sequence or, under the context rule `document`, one document of a sequence. Each part is a row of its own,
+so that no architecture sees across documents. The padding after a part changes none of its logits in a causal model.
 
-Only real ids take part: a padded row of the head is cut off before the softmax. The head sums in float32 even where the
-model is bfloat16, as it does in the cache; bfloat16 logits alone would change many a top id.
+Only real ids are scored: padded rows of the head are cut off before the softmax. The head sums in float32 even where
+the model is bfloat16, as in the cache stage, because bfloat16 logits would change many top-1 ids.
 """
 
 from __future__ import annotations
@@ -46,26 +46,27 @@ def score(
     calibration: CalibrationError | None = None,
     meter: Meter | None = None,
 ) -> npt.NDArray[np.float64]:
-    """Loss of every sequence, summed over its labels.
+    """Return the loss of every sequence, summed over its labels.
 
     Args:
-        model: a causal LM of Hugging Face's interface, on its device and in eval mode.
-        sequences: what is scored; a label is a token after the first whose mask is True.
-        name: of the model, for errors.
-        vocab_size: real ids; columns of the logits at or past it are ignored.
-        batch_sequences: sequences in one forward pass; under `document` as many documents as make no more tokens.
-        context: what the model sees before a token.
-        visit: called with the float32 logprobs [n, V] of the labelled positions of the first `num_visited` sequences,
-            in order, some at a time.
-        num_visited: see `visit`.
-        calibration: counts every labelled position.
-        meter: counts sequences and tokens.
+        model: A causal LM of Hugging Face's interface, on its device and in eval mode.
+        sequences: The sequences that are scored; a label is a token after the first whose mask is True.
+        name: Name of the model, for errors.
+        vocab_size: Number of real ids; columns of the logits at or past it are ignored.
+        batch_sequences: Number of sequences in one forward pass; under `document`, as many documents as have no more
+            tokens than that.
+        context: The context rule: whether the model sees the whole sequence or only a token's document.
+        visit: Called with the float32 logprobs [n, V] of the labelled positions of the first `num_visited` sequences,
+            in order, some positions at a time.
+        num_visited: Number of sequences that `visit` is called for.
+        calibration: Counts every labelled position.
+        meter: Counts sequences and tokens.
 
     Returns:
         Nats [S], float64; 0 for a sequence without labels.
 
     Raises:
-        InputError: a loss is NaN or infinite.
+        InputError: A loss is NaN or infinite.
     """
     sum_head_in_float32(model)
     nats_S = np.zeros(len(sequences), np.float64)
@@ -86,7 +87,7 @@ def score(
 
 @dataclass(frozen=True)
 class _Part:
-    """Targets `start` to `stop` of a sequence, scored by themselves."""
+    """The targets `start` to `stop` of a sequence, which are scored in a row of their own."""
 
     sequence: int
     start: int
@@ -97,7 +98,10 @@ class _Part:
 
 
 def _parts(sequences: Sequences, context: ContextRule) -> Iterator[_Part]:
-    """Parts in the order of the tokens; a document that began in an earlier sequence begins anew."""
+    """Yield the parts in the order of the tokens.
+
+    A document that began in an earlier sequence is scored without its earlier tokens.
+    """
     length = sequences.tokens_BL1.shape[1] - 1
     for sequence, starts_L1 in enumerate(sequences.starts_BL1):
         firsts = np.flatnonzero(starts_L1[1:length]) + 1 if context == "document" else ()
@@ -106,7 +110,7 @@ def _parts(sequences: Sequences, context: ContextRule) -> Iterator[_Part]:
 
 
 def _batches(parts: Iterable[_Part], most_tokens: int) -> Iterator[list[_Part]]:
-    """As many parts as make at most that many tokens, padding included; at least one."""
+    """Yield batches of parts with at most `most_tokens` tokens, padding included, but of at least one part."""
     batch: list[_Part] = []
     for part in parts:
         longest = max(map(len, (*batch, part)))

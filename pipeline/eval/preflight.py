@@ -1,4 +1,4 @@
-"""What can be known of an evaluation before anything of a run is made."""
+"""What can be checked of an evaluation before a run makes anything."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from capgap.schemas.run_file import RunFile
 
 
 def require_measurable(run: RunFile) -> None:
-    """Refuse drafts where what measures them is not installed.
+    """Refuse `eval.speculative` where vLLM is not installed.
 
     Raises:
-        MachineError: vLLM is not installed, or not one that can be asked.
+        MachineError: vLLM is not installed.
     """
     if run.eval.speculative is not None:
-        # imported here: it brings torch
+        # imported here, because it imports torch
         from capgap.pipeline.eval.drafts import require_drafting
 
         require_drafting()

@@ -1,4 +1,4 @@
-"""What was measured, as `results.json` holds it.
+"""Turn what was measured into the content of `results.json`.
 
 Legend: S sequences, R resamples.
 """
@@ -33,19 +33,19 @@ _QUANTITIES: dict[RecordingName, Quantity] = {
 
 @dataclass
 class Measured:
-    """One model, as it was measured.
+    """What was measured of one model.
 
     Attributes:
-        name: of the instance that made it.
-        arm: None for the teacher.
-        seed: None for the teacher.
-        facts: of the model.
-        nats_S: loss of each sequence, summed over its labels.
-        calibration: of the same labels.
-        comparison: with the teacher's full distributions.
-        cached: with what the cache holds.
-        drafted: for the teacher.
-        written: its continuations of held-out beginnings, as text.
+        name: Name of the instance that made the model.
+        arm: Arm of the student; None for the teacher.
+        seed: Seed of the student; None for the teacher.
+        facts: Facts of the model's manifest.
+        nats_S: Loss of each sequence, summed over its labels, in nats [S].
+        calibration: Calibration at the same labels.
+        comparison: Comparison with the teacher's full distributions; None where they were not measured.
+        cached: Comparison with the cache's targets; None where it was not made.
+        drafted: Counts of the drafts that the teacher accepted; None where they were not measured.
+        written: Continuations of the held-out prompts, as text; None where none were written.
     """
 
     name: str
@@ -62,14 +62,14 @@ class Measured:
 
 @dataclass(frozen=True)
 class Text:
-    """What models were measured on.
+    """The text that the models were measured on.
 
     Attributes:
-        labels_per_byte: of the text that is learnt.
-        labels_S: of each held-out sequence.
-        num_full: of these, compared with the teacher's full distributions.
-        cached: the cache's held-out sequences; None without.
-        cached_labels_S: of each of those.
+        labels_per_byte: Number of labels per UTF-8 byte of their text.
+        labels_S: Number of labels of each held-out sequence [S].
+        num_full: Number of the first sequences that are compared with the teacher's full distributions.
+        cached: Description of the cache's held-out sequences; None where it has none.
+        cached_labels_S: Number of labels of each of the cache's held-out sequences.
     """
 
     labels_per_byte: float
@@ -80,16 +80,22 @@ class Text:
 
 
 def results_of(models: list[Measured], text: Text, num_bootstrap: int, teacher_missing: str | None) -> EvalResults:
-    """Means, intervals and differences.
+    """Return the means of all models, their intervals, and the differences between arms.
+
+    Args:
+        models: What was measured of each model.
+        text: The text that they were measured on.
+        num_bootstrap: Number of the bootstrap's resamples.
+        teacher_missing: Why the teacher was not measured, in words; None where it was.
 
     Raises:
-        InputError: a KL to the teacher is not a number.
+        InputError: A KL to the teacher is not a number.
     """
     return _Results(models, text, num_bootstrap).all(teacher_missing)
 
 
 class _Results:
-    """All models are resampled alike, so that intervals of differences are paired."""
+    """Computes the results; all models are resampled with the same weights, so intervals of differences are paired."""
 
     def __init__(self, models: list[Measured], text: Text, num_bootstrap: int) -> None:
         self._models, self._text, self._num_bootstrap = models, text, num_bootstrap
@@ -159,7 +165,7 @@ class _Results:
         return found
 
     def _by_arm(self, quantity: Quantity) -> Losses:
-        """The quantity of every student, summed over the labels of each sequence."""
+        """Return the quantity of every student, summed over the labels of each sequence."""
         found: dict[str, dict[int, Float64Array]] = {}
         for model in self._models:
             if model.arm is None or model.seed is None:

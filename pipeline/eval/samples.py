@@ -1,4 +1,4 @@
-"""What models write: each continues the same held-out beginnings, greedily, so that they can be read side by side."""
+"""Let each model continue the same held-out prompts greedily, so that their texts can be read side by side."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from capgap.schemas.run_eval import EvalSettings
 
 _LOG = logging.getLogger("capgap")
 
-# a beginning that a reader takes in at a glance
+# Most tokens of a prompt: short enough to be read at a glance in the report.
 _MOST_PROMPT_TOKENS = 48
 
 
 @dataclass(frozen=True)
 class Prompts:
-    """Beginnings of held-out sequences, and how each goes on.
+    """Beginnings of held-out sequences, and how the text continues each.
 
     Attributes:
-        tokenizer: of the corpus.
-        vocab_size: real ids; no other is written.
-        prompts: token ids of each beginning.
-        truths: token ids that follow it in the text.
+        tokenizer: Tokenizer of the corpus.
+        vocab_size: Number of real ids; models write no others.
+        prompts: Token ids of each beginning.
+        truths: Token ids that follow each beginning in the text.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -38,7 +38,7 @@ class Prompts:
     truths: tuple[tuple[int, ...], ...]
 
     def samples(self, written: dict[str, tuple[str, ...]]) -> tuple[Sample, ...]:
-        """As `results.json` holds them; `written` has the continuations of each model."""
+        """Return the samples for `results.json`; `written` holds each model's continuations, by the model's name."""
         return tuple(
             Sample(
                 prompt=self._text(prompt),
@@ -49,14 +49,14 @@ class Prompts:
         )
 
     def write(self, model: PreTrainedModel, name: str) -> tuple[str, ...] | None:
-        """The model's greedy continuation of each; None, with a warning, where its class cannot write.
+        """Return the model's greedy continuation of each prompt; None, with a warning, if its class cannot generate.
 
-        The model's own generation settings, penalties among them, are put out of force for good.
+        The model's own generation settings, such as penalties, are replaced by defaults and not restored.
         """
         if not model.can_generate():
             _LOG.warning("eval: %s writes no samples: %s cannot generate", name, type(model).__name__)
             return None
-        # what a call leaves open, transformers takes from here
+        # transformers takes every setting that a call does not name from the model's own generation settings
         model.generation_config = GenerationConfig()
         eos_id = self.tokenizer.eos_token_id
         rows = model.get_output_embeddings().weight.shape[0]
@@ -79,7 +79,7 @@ class Prompts:
         return tuple(texts)
 
     def _text(self, ids: tuple[int, ...]) -> str:
-        # what begins and ends texts is nothing to read
+        # special tokens, such as those that begin and end texts, are not shown to readers
         return str(self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
 
@@ -90,11 +90,12 @@ def prompts_of(
     tokenizer: PreTrainedTokenizerBase,
     vocab_size: int,
 ) -> Prompts:
-    """Beginnings of `eval.num_text_samples` sequences, spread evenly over the held-out ones.
+    """Return the beginnings of `eval.num_text_samples` held-out sequences, spread evenly over all of them.
 
-    A beginning is that of a document where one begins early enough in the sequence: nobody falls into the middle of a
-    sentence. A beginning and what follows it never pass a sequence's end: short sequences give shorter ones. Under the
-    rule `document` it begins where its last document does, for a model sees no other.
+    A prompt starts where a document does, if one starts early enough in the sequence, so that it does not start in the
+    middle of a sentence. A prompt and its continuation never pass the end of their sequence, so short sequences give
+    shorter prompts. Under the context rule `document`, a prompt holds only the tokens of its last document, because the
+    model sees no other.
     """
     num_tokens = sequences.tokens_BL1.shape[1]
     stop = min(_MOST_PROMPT_TOKENS, num_tokens // 2)
@@ -111,6 +112,6 @@ def prompts_of(
 
 
 def _first_document(starts_L: npt.NDArray[np.bool_]) -> int:
-    """Where the first document of those places begins; their beginning where none does."""
+    """Return the index of the first document start; 0 where there is none."""
     found = np.flatnonzero(starts_L)
     return int(found[0]) if len(found) else 0

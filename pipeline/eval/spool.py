@@ -1,9 +1,9 @@
-"""The teacher's full logprobs of a few sequences, on disk, while students are measured one after the other.
+"""Keep the teacher's full logprobs of a few sequences on disk while the students are measured one after another.
 
 Legend: N rows (labelled positions), V real vocabulary.
 
-The file has no name: the system frees it with the process, also when that is killed. It stands in the stage's folder
-and not in the system's temporary one, which is memory on many machines.
+The file has no name, so the operating system frees it when the process ends, even if it is killed. It is on the disk of
+the stage's folder and not in the system's temporary folder, which is in memory on many machines.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ _ITEM_BYTES = 4
 
 @contextmanager
 def open_spool(folder: Path, num_rows: int, vocab_size: int) -> Iterator[Spool]:
-    """Room for N x V float32 logprobs on the disk of `folder`.
+    """Open a file for N x V float32 logprobs on the disk of `folder`, and close it at the end of the context.
 
     Raises:
-        MachineError: the disk has too little room.
+        MachineError: The disk has too little room.
     """
     num_bytes = num_rows * vocab_size * _ITEM_BYTES
     free = shutil.disk_usage(folder).free
@@ -46,10 +46,10 @@ class Spool:
         self._file, self._folder, self._shape = file, folder, (num_rows, vocab_size)
 
     def append(self, logprobs_NV: torch.Tensor) -> None:
-        """Add rows, float32 on any device.
+        """Append rows of logprobs, float32 on any device [n, V].
 
         Raises:
-            MachineError: the disk is full.
+            MachineError: The disk is full.
         """
         try:
             self._file.write(logprobs_NV.contiguous().cpu().numpy().data)
@@ -59,7 +59,7 @@ class Spool:
             raise _too_little_room(self._folder, num_rows * vocab_size * _ITEM_BYTES, free) from error
 
     def rows(self, start: int, stop: int) -> torch.Tensor:
-        """Rows `start` to `stop` as float32 [stop - start, V], a copy on the CPU."""
+        """Return a copy of the rows `start` to `stop` on the CPU, float32 [stop - start, V]."""
         self._file.flush()
         mapped_NV = np.memmap(self._file, np.float32, "r", shape=self._shape)
         return torch.from_numpy(np.array(mapped_NV[start:stop]))

@@ -1,12 +1,13 @@
 """The eval stage: held-out losses of the teacher and of every student, and how near students come to the teacher.
 
-Legend: S sequences, L targets a sequence.
+Legend: S sequences, L targets per sequence.
 
-The teacher leaves the device before the first student enters it; only its logprobs of a few sequences stay, on disk.
-Where it is not at hand, students are held against the cache's held-out sequences alone; where the run has no corpus
-either, these are also the text that all else is measured on, in the same pass. Cost: one forward pass of every
-model over `eval.num_sequences` sequences and the cache's held-out ones, and `num_full_sequences` x L x vocabulary x 4
-bytes of disk while it runs. Only with `eval.speculative`, and last of all, do both stand on the device together.
+The teacher is removed from the device before the first student is loaded; only its logprobs of a few sequences stay, on
+disk. Where the teacher is not measured, students are compared with the cache's targets of held-out sequences. Where the
+run has no corpus either, these sequences are also the text of every other measurement, in the same pass. Cost: one
+forward pass of every model over `eval.num_sequences` sequences and the cache's held-out sequences, and
+`num_full_sequences` x L x vocabulary x 4 bytes of disk while it runs. Teacher and student are on the device together
+only for `eval.speculative`, which is measured last.
 """
 
 from __future__ import annotations
@@ -57,11 +58,11 @@ _LOG = logging.getLogger("capgap")
 
 
 def check(run: RunFile, instance: Instance, inputs: Mapping[str, StageInput]) -> None:
-    """Refuse what cannot be measured with what the run has.
+    """Refuse settings that ask for measurements which the run's inputs do not allow.
 
     Raises:
-        InputError: the run has no corpus, and its cache no held-out sequences.
-        SettingError: the teacher itself is to be measured, and the run has none.
+        InputError: The run has no corpus, and its cache no held-out sequences.
+        SettingError: The settings need the teacher itself, and the run has none.
     """
     require_teacher_if_wanted(run.eval, inputs)
     RunText.among(inputs).heldout_shards()
@@ -71,11 +72,13 @@ def run(context: StageContext) -> StageResult:
     """Measure every model and write `results.json`.
 
     Raises:
-        InputError: as `check`; or the held-out split holds no labels, or a loss is not a number; or the teacher is left
-            out and the cache has no held-out sequences.
-        MismatchError: a model's tokenizer is not the corpus's.
-        MachineError: too little disk for the teacher's distributions, or drafts cannot be measured in vLLM.
-        SettingError: as `check`; or sequences are too short for the drafts that are wanted.
+        InputError: There are no held-out sequences, or they hold no labels; a loss is not a number; or the teacher is
+            left out and the cache has no held-out sequences.
+        MismatchError: A model's tokenizer is not the corpus's.
+        MachineError: The disk has too little room for the teacher's distributions, or drafts cannot be measured in
+            vLLM.
+        SettingError: The settings need the teacher itself, and the run has none; or sequences are too short for the
+            drafts.
     """
     check(context.run, context.instance, context.inputs)
     settings, run_text = context.run.eval, RunText.among(context.inputs)
@@ -89,7 +92,7 @@ def run(context: StageContext) -> StageResult:
     missing = why_missing(context)
     for name in (*(() if missing is not None else (TEACHER,)), *(student.name for student in students)):
         _check_tokenizer(context, name, facts)
-        model_path(context.input(name))  # the digests of all, before the first is measured
+        model_path(context.input(name))  # verify all models' digests before the first is measured
     if missing is not None:
         _require_other_means(context, missing, cached)
     prompts: tuple[tuple[int, ...], ...] = ()
@@ -159,9 +162,9 @@ def _require_other_means(context: StageContext, missing: str, cached: CachedRows
             fix="set eval.teacher to live, or make the cache again with held-out sequences",
         )
     if missing in (NO_TEACHER, OTHER_TOKENS, SERVED_TEACHER) and cached is not None:
-        _LOG.info("eval: students are held against the cache's held-out sequences, which hold what its teacher said")
+        _LOG.info("eval: students are compared with the teacher's distributions in the cache's held-out sequences")
         return
-    stands_for_it = "the cache's held-out sequences stand for it" if cached else "students are held against text alone"
+    stands_for_it = "the cache's held-out sequences stand for it" if cached else "students are compared with text alone"
     _LOG.warning("eval: the teacher itself is not measured: %s; %s", missing, stands_for_it)
 
 
@@ -195,7 +198,7 @@ def _job(
 
 
 class _Evaluation:
-    """What is the same for all models."""
+    """Measures models, and keeps what is the same for all of them."""
 
     def __init__(
         self,
@@ -208,7 +211,7 @@ class _Evaluation:
     ) -> None:
         self._context, self._facts, self._sequences, self._cached = context, facts, sequences, cached
         self._samples, text = samples, RunText.among(context.inputs)
-        # one pass serves for all, if the teacher is not measured on the text too
+        # one pass measures text and cache together, unless the text is also compared with the teacher itself
         self._text_is_cached = text.of_cache and not num_full
         self._vocab_size = facts.tokenizer.vocab_size
         self._batch = context.run.eval.batch_sequences
@@ -220,7 +223,7 @@ class _Evaluation:
         )
 
     def measure(self, students: tuple[_Student, ...]) -> list[Measured]:
-        """Every model, one on the device at a time; the teacher first, if it takes part."""
+        """Measure every model, one on the device at a time; the teacher comes first, if it is measured."""
         num_full = self.text.num_full
         num_cached = 0 if self.text.cached is None else self.text.cached.num_sequences
         num_text = len(self._sequences) * (bool(num_full) + len(students) * (not self._text_is_cached))
@@ -264,7 +267,7 @@ class _Evaluation:
         calibration: CalibrationError,
         meter: Meter,
     ) -> tuple[Float64Array, CachedSums | None]:
-        """Loss of each sequence, and of a student how near it is to what the cache holds."""
+        """Return the loss of each sequence [S] and, for a student, its comparison with the cache's targets."""
         on_cache = partial(
             score_on_cache,
             model,

@@ -1,10 +1,10 @@
-"""What a run will cost, before it is started.
+"""Estimate what a run will cost before it is started.
 
     run file, finished folders --work--> tokens and disk of every stage
     stated, measured or computed --rates--> tokens/s --> device hours
     teacher and student --published, break_even--> the published laws' best teacher; from how many students a cache pays
 
-A figure that nothing supports is left out, with what to give for it: nothing here is guessed.
+Nothing is guessed: a figure that nothing supports is left out, and the plan says which option would supply it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _HOMES = {"Stated": "rates", "make_plan": "plan"}
 
 
 def __getattr__(name: str) -> Any:
-    """The names above, imported when they are asked for: to count costs asks for no torch."""
+    """Import a public name when it is first used, so that counting costs does not import torch."""
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module

@@ -1,12 +1,12 @@
 """From how many students a cache costs less than a teacher that runs beside each of them.
 
     online   n (S + T)     n trainings, each with a forward pass of the teacher for every token, in every epoch
-    cached   C + n S       the teacher once over what is cached, and n trainings that read it
+    cached   C + n S       one pass of the teacher over the cached tokens, and n trainings that read the cache
 
 A cache costs less where C < n T. With operations counted as the paper does (6 N_S D for a training and 2 N_T D for the
-teacher's forward pass; arXiv 2311.07052), C = 2 N_T D_cache and T = 2 N_T D_student: for students of one epoch over the
-whole cache that is the second. Reading a cache is free in this accounting, and so is the memory that an online teacher
-takes beside its student.
+teacher's forward pass; arXiv 2311.07052), C = 2 N_T D_cache and T = 2 N_T D_student: if each student trains one epoch
+over the whole cache, the cache pays from the second student on. This accounting counts neither the reading of a cache
+nor the memory that an online teacher takes beside its student.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from capgap.schemas.plan import BreakEven, Figure
 
 
 def least_students(once: float, each: float) -> int | None:
-    """The least n with once < n x each; None where `each` is nothing."""
+    """Return the least integer n with `once` < n x `each`; None where `each` is zero."""
     return math.floor(once / each) + 1 if each > 0 else None
 
 
 def break_even(work: RunWork, cache_rate: Figure, online_rate: float | None) -> tuple[BreakEven, ...]:
-    """In operations, and in seconds of a device where the teacher's rate is known.
+    """Return from how many students a cache pays, counted in operations and in seconds of the teacher's device.
 
     Args:
-        work: of the run.
-        cache_rate: tokens/s of one engine that caches.
-        online_rate: tokens/s of a teacher that only scores, for a student beside it; that of `cache_rate` where it is
-            not given.
+        work: What the run has to do.
+        cache_rate: Tokens/s of one engine of the cache stage.
+        online_rate: Tokens/s of a teacher that only scores, beside a student that trains; None for the rate of the
+            cache stage.
     """
     return _in_operations(work), _in_seconds(work, cache_rate, online_rate)
 

@@ -1,9 +1,9 @@
-"""`capgap plan --calibrate`: a minute of probing in place of the rates that nobody knows.
+"""`capgap plan --calibrate`: probe for a minute to find the rates that are neither stated nor measured.
 
-    rates that are not stated or measured --probes.py, a process a model--> tokens/s --> calibration.json in the run's
-    folder, which every later plan of the run reads, and of any run that is told --like it
+    rates that are not stated or measured --probes.py, one process per model--> tokens/s --> calibration.json in the
+    run's folder, which later plans of this run read, and plans of other runs with --like and this run's folder
 
-A process a model, for its memory on the device is certainly gone with it. The lease of the device is held meanwhile.
+Each model has its own process, whose end certainly frees the device's memory. The device's lease is held meanwhile.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from capgap.schemas.run_sections import ReusableStage
 from capgap.schemas.secrets import redacted_values
 
 BUDGET_S = 60.0
-"""Of measuring, all rates together; loading a model, and its first batch, come on top."""
+"""Seconds of measuring for all rates together; loading each model and its first batch come on top."""
 
 _PROBES: dict[str, Callable[[Probe], dict[str, Rate]]] = {
     "cache": cache_rates,
@@ -48,17 +48,20 @@ _PROBES: dict[str, Callable[[Probe], dict[str, Rate]]] = {
 def calibrate(
     run: RunFile, stated: Stated, *, text_bytes_per_token: float | None = None, budget_s: float = BUDGET_S
 ) -> Calibration | None:
-    """Probe what no stage has measured and nobody states, and keep it; None where every rate is known.
+    """Probe the rates that are neither stated nor measured, and write them to the run's folder.
 
     Args:
-        run: the run file.
-        stated: speeds that the user states, which are not probed.
-        text_bytes_per_token: as for `make_plan`.
-        budget_s: seconds of measuring.
+        run: The run file.
+        stated: Speeds that the user states, which are not probed.
+        text_bytes_per_token: Bytes of text in a token, where the corpus is not made; None to measure it on a sample.
+        budget_s: Seconds of measuring for all rates together.
+
+    Returns:
+        The calibration that was written; None where every rate is known.
 
     Raises:
-        InputError: the vocabulary is not known, so that no model can be made.
-        MachineError: there is no such device.
+        InputError: The vocabulary is not known, so that no model can be made.
+        MachineError: There is no such device.
     """
     known = states(run)
     work = work_of(run, known, text_bytes_per_token)
@@ -93,17 +96,17 @@ def calibrate(
 
 
 def _probe_all(probes: list[str], whole: Probe, run: RunFile) -> tuple[dict[str, Rate], dict[str, str]]:
-    """The rates, and by the model's name why there is none; the budget of `whole` is divided among them."""
+    """Return the rates by name, and why a probe failed by the probe's name; they share the budget of `whole`."""
     found: dict[str, Rate] = {}
     failed: dict[str, str] = {}
-    # of a model, training and forward pass
+    # a teacher or student has two rates: training and forward pass
     budget_s = whole.budget_s / sum(1 if name == "cache" else 2 for name in probes)
     devices = devices_from(whole.device, max(1, run.cache.num_devices if "cache" in probes else 1))
     Path(run.out).mkdir(parents=True, exist_ok=True)
     with leases(devices, f"calibration of run {run.name}", True, cpu_group()):
         for name in probes:
             event("probing", f"calibrate: probes the {'cache stage' if name == 'cache' else name} on {whole.device}")
-            # on the disk that shards are going to
+            # the probe writes to the disk that the run will write its shards to
             with tempfile.TemporaryDirectory(prefix="calibration-", dir=run.out) as scratch:
                 try:
                     probe = replace(whole, scratch=Path(scratch), budget_s=budget_s)
@@ -115,7 +118,7 @@ def _probe_all(probes: list[str], whole: Probe, run: RunFile) -> tuple[dict[str,
 
 
 def _probes_for(unknown: list[str], run: RunFile) -> list[str]:
-    """Which models are probed."""
+    """Return the names of the probes that find these stages' rates."""
     probes = ["cache"] if "cache" in unknown and run.cache.engine != "server" else []
     if "teacher" in unknown or ("eval" in unknown and run.measures_teacher):
         probes.append("teacher")
@@ -139,7 +142,7 @@ def _probe(run: RunFile, known: dict[str, StageState], vocab_size: int, device: 
 
 
 def _made(stage: ReusableStage, run: RunFile, known: dict[str, StageState]) -> str | None:
-    """Where the finished stage lies, or what stands for it."""
+    """Return the folder or URL of the finished or reused stage; None where there is none."""
     if stage in run.reuse:
         return run.reuse[stage]
     return None if finished(stage, run, known) is None else str(known[stage].folder)
@@ -163,7 +166,7 @@ def _figure(stage: str, work: RunWork, found: dict[str, Rate], failed: dict[str,
 
 
 def _eval_figure(work: RunWork, found: dict[str, Rate], failed: dict[str, str], where: str) -> Figure:
-    """Each held-out token is seen once by every model."""
+    """Combine the models' forward rates: eval passes each held-out token through every model once."""
     num_students = len(work.run.seeds) * len(work.run.arms)
     num_teachers = work.num_models - num_students
     wanted = {"student": num_students} | ({"forward": num_teachers} if num_teachers else {})

@@ -1,4 +1,4 @@
-"""What a judge adds to a run: tokens that models generate, and requests that the judge answers."""
+"""What a judge adds to a run: the tokens that the models generate, and the requests that the judge answers."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from capgap.schemas.run_file import RunFile
 
 
 def answer_tokens(run: RunFile) -> Figure:
-    """At most, of one model.
+    """Return the largest number of tokens that one model generates for its answers.
 
     Raises:
-        InputError: the questions cannot be read.
+        InputError: The questions cannot be read.
     """
     assert run.judge is not None
     num_questions, longest = len(read_questions(run.judge.questions)), run.judge.answers.max_tokens
@@ -23,14 +23,14 @@ def answer_tokens(run: RunFile) -> Figure:
 
 
 def judge_requests(run: RunFile) -> int:
-    """Requests to the judge, if each reply can be read.
+    """Return the number of requests to the judge, if each of its replies can be read.
 
     Raises:
-        InputError: the questions cannot be read.
+        InputError: The questions cannot be read.
     """
     assert run.judge is not None
     num_answers = len(read_questions(run.judge.questions)) * NUM_TURNS
-    # the teacher is the one without a seed
+    # the teacher's instance has no seed
     models = [Model(i.name, i.arm, i.seed) for i in instances(run) if i.stage == "answers"]
     single = num_answers * len(models) if "single" in run.judge.modes else 0
     in_both_orders = 2 * num_answers * len(list(pairs(models))) if "pairwise" in run.judge.modes else 0

@@ -1,4 +1,4 @@
-"""Measured sizes of a token, kept in `measured.json`; benchmarks/plan_tables.py gathers them."""
+"""Measured bytes per token, kept in `measured.json`, which benchmarks/plan_tables.py writes."""
 
 from __future__ import annotations
 
@@ -13,12 +13,16 @@ from capgap.pipeline.store.codec import SAMPLED, TOPK_CODECS
 from capgap.schemas.plan import Figure
 from capgap.schemas.run_cache import CacheSettings, RecordingName
 
-# What a teacher's distributions are like decides the size; text at temperature 1 is the largest of those measured.
+# The size depends on how sharp the teacher's distributions are; natural text at temperature 1 takes the most bytes of
+# all that were measured.
 _REGIME = "natural"
 
 
 def cache_bytes_per_token(settings: CacheSettings, vocab_size: float | None) -> Figure:
-    """Bytes of all recordings together: as measured for a teacher on natural text, with the range over sharper ones."""
+    """Return the bytes that a cache takes per token, all recordings together.
+
+    The value was measured for a teacher on natural text; its source names the range over sharper distributions.
+    """
     found = [_of_recording(settings, name, vocab_size) for name in settings.recordings]
     note = "; tails at extra temperatures not counted" if settings.extra_temperatures else ""
     source = "; ".join(part.source for part in found)
@@ -28,12 +32,12 @@ def cache_bytes_per_token(settings: CacheSettings, vocab_size: float | None) -> 
 
 
 def text_bytes_per_token(vocab_size: float | None) -> Figure:
-    """Bytes of text that a trained tokenizer of about that size makes a token of."""
+    """Return the bytes of text per token of a trained tokenizer with about that vocabulary size."""
     return _of_corpus("text_bytes_per_token", vocab_size)
 
 
 def corpus_bytes_per_token(vocab_size: float | None) -> Figure:
-    """Bytes of disk that a packed token takes, with the starts of documents and the mask."""
+    """Return the bytes of disk that a packed token takes, with its document start and its loss mask."""
     return _of_corpus("stored_bytes_per_token", vocab_size)
 
 
@@ -68,7 +72,10 @@ def _of_corpus(name: str, vocab_size: float | None) -> Figure:
 
 
 def _nearest(rows: Sequence[dict[str, Any]], vocab_size: float | None) -> dict[str, Any]:
-    """The row of the nearest vocabulary; of the largest where none is known, for given tokenizers are large."""
+    """Return the row whose vocabulary size is nearest as a ratio.
+
+    Where the size is not known, it is the row of the largest vocabulary, because given tokenizers are large.
+    """
     if vocab_size is None:
         return max(rows, key=lambda row: int(row["vocab_size"]))
     return min(rows, key=lambda row: abs(math.log(row["vocab_size"] / max(vocab_size, 1))))

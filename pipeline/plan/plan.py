@@ -1,4 +1,4 @@
-"""The plan of a run: work, rates, hours, disk, and the published laws' predictions, put together."""
+"""Put the plan of a run together: work, rates, hours, disk, and the published laws' predictions."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from capgap.schemas.manifest import Manifest
 from capgap.schemas.plan import Figure, RunPlan, StagePlan
 from capgap.schemas.run_file import RunFile
 
+# Nats/token above `teacher.home_loss` from which text counts as far from the teacher's own; the project's own choice.
 _FAR_NATS = 0.2
 
 
@@ -32,16 +33,16 @@ def make_plan(
     *,
     text_bytes_per_token: float | None = None,
 ) -> RunPlan:
-    """What the run will take from here on.
+    """Return what the rest of the run will take: the work of its stages that are not finished.
 
     Args:
-        run: the run file.
-        stated: speeds that the user states.
-        text_bytes_per_token: bytes of text in a token, where the corpus is not made; measured where it is not given.
+        run: The run file.
+        stated: Speeds that the user states.
+        text_bytes_per_token: Bytes of text in a token, where the corpus is not made; None to measure it on a sample.
 
     Raises:
-        InputError: a source of the corpus, or a reused folder, cannot be read.
-        CorruptError: a manifest cannot be understood.
+        InputError: A source of the corpus, or a reused folder, cannot be read.
+        CorruptError: A manifest cannot be understood.
     """
     with each_manifest_once():
         return _make_plan(run, stated, text_bytes_per_token)
@@ -60,12 +61,12 @@ def _make_plan(run: RunFile, stated: Stated, text_bytes_per_token: float | None)
     if kept is not None:
         notes.append(kept)
     if run.cache.replicas > 1:
-        notes.append(f"device hours of the cache are of all {run.cache.replicas} replicas together")
+        notes.append(f"the cache's device hours are those of all {run.cache.replicas} replicas together")
     if run.judge is not None:
         notes.append(f"the judge is asked {judge_requests(run):,} times, if each of its replies can be read")
     if "cache" in known and known["cache"].state is not State.CURRENT:
         held = held_bytes(run.cache, run.corpus.sequences_per_shard * run.corpus.seq_len, run.corpus.seq_len)
-        notes.append(f"the cache stage holds up to {held / 1e9:.2f} GB of targets in memory, of each engine")
+        notes.append(f"the cache stage holds up to {held / 1e9:.2f} GB of targets in memory for each engine")
     notes += unlike_notes(run, stated.like, {state.instance.stage for state in known.values()})
     notes += _memory_at_few_bits(work)
     notes += far_from_home(run.teacher.home_loss, finished("cache", run, known))
@@ -87,7 +88,7 @@ def _make_plan(run: RunFile, stated: Stated, text_bytes_per_token: float | None)
 
 
 def _memory_at_few_bits(work: RunWork) -> list[str]:
-    """What a training of a quantised student holds beside its activations."""
+    """Return a note on the memory that the training of a quantised student takes in addition to its activations."""
     run, size = work.run, work.student
     if run.student.quantize is None or not run.makes("train") or size.total is None or size.outside_embedding is None:
         return []
@@ -98,14 +99,18 @@ def _memory_at_few_bits(work: RunWork) -> list[str]:
     return [
         f"a training at {run.student.quantize.format} holds {trained / 1e9:.2f} GB of weights, gradients and AdamW's "
         f"states, {rounded / 1e9:.2f} GB of rounded weights, and its activations; it rounds all weights in every pass, "
-        "which is no part of its operations"
+        "which its operations do not count"
     ]
 
 
 def far_from_home(home_loss: float | None, cache: Manifest | None) -> list[str]:
-    """A sentence where the teacher knows the corpus's text much less well than its own, as far as that is known.
+    """Return a note if the teacher's loss on the corpus is far above its loss on text of its own kind.
 
-    Between text of one kind and another some difference is usual; what is called far is a choice of ours.
+    Some difference between kinds of text is usual, so a difference up to `_FAR_NATS` gives no note.
+
+    Args:
+        home_loss: The run file's `teacher.home_loss`, in nats/token; None where it is not known.
+        cache: Manifest of the finished cache, which has the loss on the corpus; None where there is none.
     """
     if home_loss is None or cache is None:
         return []
@@ -119,7 +124,7 @@ def far_from_home(home_loss: float | None, cache: Manifest | None) -> list[str]:
 
 
 def _laws(work: RunWork) -> tuple[Prediction, ...]:
-    """The published laws' predictions for the run's pair of models, each in the sizes that its paper counts."""
+    """Return the published laws' predictions for the run's two models, each with sizes counted as in its paper."""
     student, teacher, tokens = work.student, work.teacher, work.most_student_tokens.value
     if student.total is None or student.outside_embedding is None or not tokens:
         return ()
@@ -179,7 +184,7 @@ def _needed(open_stages: list[StagePlan]) -> Figure:
     scratch = _total((f"the scratch of {stage.instance}", stage.scratch_bytes) for stage in open_stages)
     if kept.value is None or scratch.value is None:
         return kept if kept.value is None else scratch
-    # one stage is at work at a time
+    # stages run one after another, so only the largest scratch is needed
     largest = max((stage.scratch_bytes.value or 0 for stage in open_stages), default=0)
     return Figure(value=kept.value + largest, source="finished folders, and the largest scratch of one stage")
 

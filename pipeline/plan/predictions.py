@@ -1,4 +1,4 @@
-"""What the published laws predict for a student and of the teachers at hand, in words and as data."""
+"""What the published laws predict for a student and for the teachers that could be chosen, in words and as data."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ from capgap.schemas.law_prediction import Prediction
 
 
 def predictions(student: float, tokens: float, teachers: Sequence[GivenTeacher]) -> tuple[Prediction, ...]:
-    """What both laws predict.
+    """Return the predictions of both laws.
 
     Args:
-        student: parameters.
-        tokens: that the student is trained on.
-        teachers: those at hand; there may be none.
+        student: Number of the student's parameters.
+        tokens: Number of tokens that the student is trained on.
+        teachers: The teachers that could be chosen; may be empty.
     """
     return gap_prediction(student, tokens, teachers), scaling_prediction(student, tokens, teachers)
 
 
 def gap_prediction(student: float, tokens: float, teachers: Sequence[GivenTeacher]) -> Prediction:
-    """What the law of capacity gap predicts; its paper counts all parameters."""
+    """Return the prediction of the law of capacity gap, whose paper counts all parameters."""
     best = gap_best_teacher(student)
     if best is None:
         summary = (
@@ -52,7 +52,7 @@ def gap_prediction(student: float, tokens: float, teachers: Sequence[GivenTeache
 
 
 def scaling_prediction(student: float, tokens: float, teachers: Sequence[GivenTeacher]) -> Prediction:
-    """What the distillation scaling law predicts; its paper counts parameters without embeddings."""
+    """Return the prediction of the distillation scaling law, whose paper counts parameters without embeddings."""
     ratios = [teacher.tokens / teacher.size for teacher in teachers if teacher.tokens]
     ratio = statistics.median(ratios) if ratios else CHINCHILLA_TOKENS_PER_PARAMETER
     losses = {
@@ -72,12 +72,12 @@ def scaling_prediction(student: float, tokens: float, teachers: Sequence[GivenTe
 
 
 def nearest(teachers: Sequence[GivenTeacher], size: float) -> GivenTeacher | None:
-    """The teacher whose size is nearest, as a ratio; None where there is no teacher."""
+    """Return the teacher whose size is nearest to `size` as a ratio; None where there is no teacher."""
     return min(teachers, key=lambda teacher: abs(math.log(teacher.size / size)), default=None)
 
 
 def _best(best: ScalingBest, student: float) -> str:
-    """Where the loss is lowest; the end of what was looked at is no optimum."""
+    """Say at which teacher's size the loss is lowest; an end of the searched range is not called an optimum."""
     if best.end == "smallest":
         return f"best at or below {LOOKED_AT[0]:g} x the student, the smallest teacher looked at"
     if best.end == "largest":
@@ -93,7 +93,7 @@ def _best(best: ScalingBest, student: float) -> str:
 
 
 def _at_hand(losses: dict[str, float], ratios: dict[str, float], alone: float) -> str:
-    """Which of the teachers at hand is best, and what it gains."""
+    """Say which of the given teachers is best, and how its student's loss compares with training without a teacher."""
     chosen = min(losses, key=lambda name: losses[name])
     least = losses[chosen]
     as_good = [name for name, loss in losses.items() if loss <= least + NEAR and name != chosen]

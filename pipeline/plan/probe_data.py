@@ -1,4 +1,4 @@
-"""What the probes read: random tokens, and targets as a teacher of random logits would give them.
+"""The data of the probes: random tokens, and targets from random logits in place of a teacher's.
 
 Legend: B sequences, L targets, V vocabulary.
 """
@@ -20,19 +20,28 @@ from capgap.schemas.records import IntArray, Sequences
 from capgap.schemas.run_cache import RecordingName
 from capgap.schemas.run_file import RunFile
 
-# of the standard deviation of random logits: as many distinct samples a token as a teacher on text gives
+# Standard deviation of the random logits: it gives as many distinct samples per token as a teacher does on text.
 _SPREAD = 3.0
 
 
 def random_tokens(num_sequences: int, seq_len: int, vocab_size: int) -> IntArray:
-    """Ids [B, L + 1], int32."""
+    """Return uniformly random token ids [B, L + 1], int32."""
     return np.random.default_rng(0).integers(0, vocab_size, (num_sequences, seq_len + 1), np.int32)
 
 
 def scratch_job(
     run: RunFile, folder: Path, device: str, vocab_size: int, teacher: str, shards: Sequence[IntArray]
 ) -> CacheJob:
-    """The job of a cache stage over a corpus of these tokens, written below `folder`."""
+    """Write a corpus of these tokens below `folder`, and return the job of a cache stage over it.
+
+    Args:
+        run: The run file.
+        folder: Where corpus, cache and work folders are made.
+        device: The engine's device.
+        vocab_size: Size of the tokenizer's vocabulary.
+        teacher: Folder of the teacher's model; empty where the job needs none.
+        shards: Token ids of each shard [B, L + 1].
+    """
     seq_len = shards[0].shape[1] - 1
     corpus, cache, work = (folder / name for name in ("corpus", "cache", "work"))
     for made in (corpus, cache, work):
@@ -61,10 +70,10 @@ def scratch_job(
 
 
 class RandomScorer(ShardScorer):
-    """Makes shards of a job without its teacher."""
+    """Makes a job's shards from random logits instead of the teacher's."""
 
     def reader(self, recording: RecordingName) -> ShardReader:
-        """Of the job's first shard, in that recording."""
+        """Make the job's first shard, and return a reader of that recording of it."""
         return ShardReader(self.job.folder, self.shard_set(recording, [self.make(0)]))
 
     def _start(self) -> _RandomEngine:
@@ -72,7 +81,7 @@ class RandomScorer(ShardScorer):
 
 
 class _RandomEngine:
-    """Scores by random logits; a sequence that comes again is not scored again."""
+    """An engine that records random logits; a repeated sequence gets its first result again."""
 
     name, dtype = "random", "float32"
 
@@ -80,14 +89,14 @@ class _RandomEngine:
         self._recording, self._known = recording, dict[bytes, Scored]()
 
     def score(self, requests: Sequence[Request]) -> list[Scored]:
-        """As `Engine.score`."""
+        """Return the recorded distributions of each request (see `Engine.score`)."""
         for request in requests:
             if request.digest not in self._known:
                 self._known[request.digest] = self._scored(request)
         return [self._known[request.digest] for request in requests]
 
     def close(self) -> None:
-        """As `Engine.close`."""
+        """Do nothing: there is no model to free."""
 
     def _scored(self, request: Request) -> Scored:
         recording, labels_L = self._recording, torch.from_numpy(request.tokens_L1[1:]).long()

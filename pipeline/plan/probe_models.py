@@ -1,7 +1,8 @@
-"""The models that are probed: the run's own where they lie on this machine, else the same shape with random weights.
+"""The models that are probed: the run's own where they lie on this machine, else models of the same shape with random
+weights.
 
-Weights decide nothing of a rate, as long as every token takes the same way through the model; a mixture of experts is
-probed as if its router dealt tokens out at random.
+A rate does not depend on the weights as long as every token takes the same path through the model. A mixture of experts
+is probed as if its router chose experts at random.
 """
 
 from __future__ import annotations
@@ -24,16 +25,16 @@ from capgap.schemas.run_file import RunFile
 
 
 def teacher_folder(run: RunFile, made: str | None, scratch: Path, vocab_size: int) -> str:
-    """Where an engine finds the teacher, or a model of its shape, which is then written to `scratch`.
+    """Return the folder of the teacher, or of a model of its shape, which is then written to `scratch`.
 
     Args:
-        run: the run file.
-        made: folder of a finished teacher stage; None where there is none.
-        scratch: for the weights of a model that is not here.
-        vocab_size: of the tokenizer.
+        run: The run file.
+        made: Folder of a finished teacher stage; None where there is none.
+        scratch: Where a model with random weights is written if the teacher is not on this machine.
+        vocab_size: Size of the tokenizer's vocabulary.
 
     Raises:
-        InputError: its configuration cannot be read, or is one of few bits whose weights are not here.
+        InputError: Its configuration cannot be read, or it is quantised and its weights are not on this machine.
     """
     if made is not None:
         return model_at(made)
@@ -49,21 +50,31 @@ def teacher_folder(run: RunFile, made: str | None, scratch: Path, vocab_size: in
 
 
 def teacher_to_probe(run: RunFile, made: str | None, vocab_size: int) -> Any:
-    """The teacher's configuration.
+    """Return the teacher's configuration.
+
+    Args:
+        run: The run file.
+        made: Folder of a finished teacher stage; None where there is none.
+        vocab_size: Size of the tokenizer's vocabulary.
 
     Raises:
-        InputError: it cannot be read.
+        InputError: It cannot be read.
     """
     config = teacher_config(run.teacher, vocab_size) if made is None else load_config(model_at(made))
     return _long_enough(config, run)
 
 
 def student_to_probe(run: RunFile, teacher_made: str | None, vocab_size: int) -> Any:
-    """The student's configuration.
+    """Return the student's configuration.
+
+    Args:
+        run: The run file.
+        teacher_made: Folder of a finished teacher stage; None where there is none.
+        vocab_size: Size of the tokenizer's vocabulary.
 
     Raises:
-        InputError: it cannot be read, or the student computes with few bits, which no random model here does.
-        SettingError: the teacher cannot be pruned to the shape asked for.
+        InputError: It cannot be read, or the student is quantised, which random models here are not.
+        SettingError: The teacher cannot be pruned to the shape asked for.
     """
     student = run.student
     if student.quantize is not None:
@@ -81,13 +92,13 @@ def student_to_probe(run: RunFile, teacher_made: str | None, vocab_size: int) ->
 def random_model(
     config: Any, device: str, dtype: torch.dtype | None, trust_remote_code: bool = False
 ) -> PreTrainedModel:
-    """A model of that configuration with random weights.
+    """Return a model of that configuration with random weights, float32 if `dtype` is None.
 
     Raises:
-        InputError: its weights are of few bits.
+        InputError: The configuration is that of a quantised model.
     """
     if is_quantised(config):
-        raise InputError("a quantised model is probed with its own weights alone", where=config.name_or_path)
+        raise InputError("a quantised model is only probed with its own weights", where=config.name_or_path)
     with torch.device(device):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(
             config, dtype=dtype or torch.float32, trust_remote_code=trust_remote_code
@@ -96,7 +107,7 @@ def random_model(
 
 
 def _long_enough(config: Any, run: RunFile) -> Any:
-    """With positions for the run's sequences, which a model made of a shape gets."""
+    """Give a model made from a shape enough positions for the run's sequences; a given teacher keeps its own."""
     if run.teacher.path is None and getattr(config, "max_position_embeddings", run.corpus.seq_len) < run.corpus.seq_len:
         config.max_position_embeddings = run.corpus.seq_len
     return config

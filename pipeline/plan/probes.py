@@ -1,7 +1,7 @@
-"""What runs in a process of its own to probe a stage: the stage's own engine, loader, loss and optimizer, for seconds.
+"""Probe a stage in a process of its own: its own engine, loader, loss and optimizer run for some seconds.
 
-The least amount of work is done once to warm up: kernels are compiled and memory is asked for. Then the amount is
-doubled until the next one would not fit into the time, and the last one's rate counts.
+The smallest amount of work is done once to warm up, which compiles kernels and allocates memory. Then the amount is
+doubled until the next one would not fit into the time, and the rate of the last one counts.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from capgap.schemas.run_file import RunFile
 from capgap.schemas.run_optimization import OptimizationSettings
 from capgap.schemas.run_train import TrainSettings
 
-# A shard is scored as one submission; more than this many tokens in one would tell no more of a rate.
+# A shard is scored as one submission; a submission of more tokens than this would not make the rate more exact.
 _MOST_TOKENS = 1 << 21
 _MOST_MICRO_BATCHES = 64
 _WITHOUT_END = 1 << 32
@@ -44,17 +44,17 @@ _WITHOUT_END = 1 << 32
 
 @dataclass(frozen=True)
 class Probe:
-    """What a process must know to probe; plain values.
+    """What a process must know to probe, in plain values that can be pickled.
 
     Attributes:
-        run: the run file, as JSON.
-        device: `cpu` or `cuda:0`.
-        scratch: an empty folder, which the caller removes.
-        vocab_size: of the tokenizer.
-        seq_len: targets in a sequence.
-        budget_s: for each rate.
-        teacher: folder of a finished teacher stage.
-        cache: folder or URL of a finished cache.
+        run: The run file, as JSON.
+        device: The device, such as `cpu` or `cuda:0`.
+        scratch: An empty folder, which the caller removes.
+        vocab_size: Size of the tokenizer's vocabulary.
+        seq_len: Number of targets in a sequence.
+        budget_s: Seconds of measuring for each rate.
+        teacher: Folder of a finished teacher stage; None where there is none.
+        cache: Folder or URL of a finished cache; None where there is none.
     """
 
     run: str
@@ -69,22 +69,22 @@ class Probe:
 
 @dataclass(frozen=True)
 class Rate:
-    """Tokens that were worked on in one go, and how long that took."""
+    """How many tokens were processed, and in how many seconds."""
 
     num_tokens: int
     took_s: float
 
     @property
     def tokens_per_s(self) -> float:
-        """The one over the other."""
+        """Tokens processed per second."""
         return self.num_tokens / self.took_s
 
 
 def cache_rates(probe: Probe) -> dict[str, Rate]:
-    """Of one engine that scores, encodes and writes: `cache`.
+    """Measure `cache`, the rate of one engine that scores, encodes and writes shards.
 
     Raises:
-        CapgapError: whatever the engine raises.
+        CapgapError: An error of the engine.
     """
     run = _run(probe)
     most = max(1, min(run.corpus.sequences_per_shard, _MOST_TOKENS // probe.seq_len))
@@ -104,10 +104,10 @@ def cache_rates(probe: Probe) -> dict[str, Rate]:
 
 
 def student_rates(probe: Probe) -> dict[str, Rate]:
-    """Of a student: `train`, its training with the cache's targets, and `student`, a forward pass of it.
+    """Measure a student's rates: `train`, its training with the cache's targets, and `student`, its forward pass.
 
     Raises:
-        CapgapError: what a training is refused by.
+        CapgapError: The training is refused, or is of a kind that is not probed.
     """
     run = _run(probe)
     settings = max((run.train_settings(arm) for arm in run.arms), key=lambda one: one.largest_alpha)
@@ -128,7 +128,10 @@ def student_rates(probe: Probe) -> dict[str, Rate]:
 def _targets(
     probe: Probe, run: RunFile, settings: TrainSettings
 ) -> tuple[ShardReader, RecordingName, float, ContextRule]:
-    """A reader of the finished cache, or of a sequence of it as the run would record it; with what a cache says."""
+    """Return a reader of targets, with their recording, temperature and context rule.
+
+    The targets are those of the finished cache, or of one random sequence, recorded as the run would record it.
+    """
     if probe.cache is not None:
         place, manifest = finished_cache(probe.cache)
         facts = CacheFacts.model_validate(manifest.facts)
@@ -141,10 +144,10 @@ def _targets(
 
 
 def teacher_rates(probe: Probe) -> dict[str, Rate]:
-    """Of a teacher: `teacher`, its training on text where it has one, and `forward`, a forward pass of it.
+    """Measure a teacher's rates: `teacher`, its training on text if the run has one, and `forward`, its forward pass.
 
     Raises:
-        CapgapError: what a training is refused by.
+        CapgapError: The training is refused.
     """
     run = _run(probe)
     trained = run.teacher.optimization if probe.teacher is None else None
@@ -163,13 +166,13 @@ def rate_within(
     budget_s: float,
     clock: Callable[[], float] = time.monotonic,
 ) -> Rate:
-    """The rate of the largest amount of work that the time allows.
+    """Return the rate of the largest amount of work that the time allows.
 
     Args:
-        sizes: amounts, each twice the one before.
-        work: does an amount and returns its tokens.
-        budget_s: for all of them together; the first is done in any case, and once more before to warm up.
-        clock: seconds.
+        sizes: Amounts of work, each twice the one before.
+        work: Does an amount of work, and returns its number of tokens.
+        budget_s: Seconds for all amounts together. The first is always done, after a warm-up that is not counted.
+        clock: Returns the time in seconds.
     """
     work(sizes[0])
     started = clock()
@@ -188,7 +191,7 @@ _LOADER = LoaderSettings(1, 0, num_epochs=_WITHOUT_END)
 
 
 class _Training:
-    """A model on its device, with its optimizer; trained as Lightning would, and measured as eval would."""
+    """A model on its device with its optimizer, trained as Lightning trains it and measured as eval measures it."""
 
     def __init__(
         self, probe: Probe, config: object, settings: OptimizationSettings, trusted: bool, is_trained: bool = True
@@ -203,7 +206,7 @@ class _Training:
         self.objective, self.alpha, self.temperature = Objective(), 0.0, 1.0
 
     def loader(self, reader: ShardReader, target: TargetTemperature | None, settings: LoaderSettings) -> SequenceLoader:
-        """Micro-batches without end."""
+        """Return a loader whose micro-batches never end."""
         size = self._settings.micro_batch
         on_device = self._probe.device if self._settings.decode == "device" else None
         if settings.row_len is not None or settings.context == "document":
@@ -212,7 +215,7 @@ class _Training:
         return SequenceLoader(reader, mine)
 
     def step_rate(self, loader: SequenceLoader) -> Rate:
-        """Of whole steps: micro-batches forward and backward, and after those of a step the optimizer."""
+        """Measure whole steps: forward and backward passes of a step's micro-batches, then the optimizer's update."""
         module, settings = self._module(), self._settings
         optimizer = module.configure_optimizers()["optimizer"]
         accumulate = settings.batch_sequences // settings.micro_batch
@@ -240,7 +243,7 @@ class _Training:
             batches.close()
 
     def forward_rate(self, loader: SequenceLoader) -> Rate:
-        """Of forward passes, with the losses that eval takes."""
+        """Measure forward passes, with the losses that eval computes."""
         module, batches = self._module().eval(), cycle([next(iter(loader))])
 
         @torch.no_grad()
@@ -279,5 +282,5 @@ def _run(probe: Probe) -> RunFile:
 
 
 def _doubled(most: int) -> list[int]:
-    """1, 2, 4 and so on, up to `most`."""
+    """Return the powers of two from 1 up to `most`."""
     return [1 << power for power in range(most.bit_length())]

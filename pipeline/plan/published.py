@@ -1,7 +1,7 @@
-"""What others published of the best teacher's size, as functions of sizes and tokens.
+"""Published laws of the best teacher's size, as functions of sizes and tokens.
 
-Sizes are parameters. The laws stand here and nowhere else: `capgap plan`, `law advise`, the law's page and the report
-take them from this table. Neither is used in a fit: each is shown beside the measurement, with what it was measured on.
+Sizes are numbers of parameters. The laws are defined only here: `capgap plan`, `law advise`, the law's page and the
+report take them from this module. None is used in a fit: each is shown beside the measurement, with its own range.
 """
 
 from __future__ import annotations
@@ -12,31 +12,32 @@ from dataclasses import dataclass
 from typing import Literal
 
 NEAR = 0.005
-"""Nats/token within which predicted losses count as equally good."""
+"""Predicted losses that differ by at most this, in nats/token, count as equally good."""
 
 LARGEST_RATIO = 10
-"""Teacher over student up to which distillation is advised: the student should have about a tenth of its teacher's
-parameters at least (pre-training distillation, arXiv 2410.16215; read in a secondary source)."""
+"""Largest ratio of teacher to student size at which distillation is advised: the student should have at least about a
+tenth of its teacher's parameters (pre-training distillation, arXiv 2410.16215; read in a secondary source)."""
 
 LOOKED_AT = (0.1, 1000.0)
-"""Teacher over student: where the best teacher of the distillation scaling law is looked for."""
+"""Range of ratios of teacher to student size in which the distillation scaling law's best teacher is searched."""
 
-_NUM_STEPS = 200  # steps of a first look, for the valley that is then followed to its bottom
-_STEP = 1e-3  # inwards from an end, of a logarithm: where the loss does not fall over it, the end is lowest
-_NUM_HALVINGS = 60  # halvings of an interval of logarithms: to the last digit of a double
+_NUM_STEPS = 200  # steps of a coarse search for the valley whose minimum is then refined
+_STEP = 1e-3  # step of the log ratio from an end inwards: where the loss does not fall over it, the end is lowest
+_NUM_HALVINGS = 60  # halvings of an interval of log ratios, which reach the precision of a double
 
 
 @dataclass(frozen=True)
 class PublishedLaw:
-    """A law and where it comes from.
+    """A law, its source, and the range that it was measured on.
 
     Attributes:
-        name: as it is called here.
-        source: paper.
-        validity: what it was measured on, in words.
-        min_student, max_student: parameters.
-        max_teacher: parameters.
-        min_tokens, max_tokens: that the student is trained on; None where the source has no such variable.
+        name: The law's name in this project.
+        source: The paper.
+        validity: What it was measured on, in words.
+        min_student, max_student: Smallest and largest student, in parameters.
+        max_teacher: Largest teacher, in parameters.
+        min_tokens, max_tokens: Fewest and most tokens that a student was trained on; None where the law does not depend
+            on tokens.
     """
 
     name: str
@@ -49,7 +50,7 @@ class PublishedLaw:
     max_tokens: float | None = None
 
     def covers(self, student: float, tokens: float, teachers: Sequence[float]) -> bool:
-        """Whether a student of this size and training, and teachers of these, lie within what was measured."""
+        """Return whether the student's size, its tokens and the teachers' sizes lie within the measured range."""
         return (
             self.min_student <= student <= self.max_student
             and all(teacher <= self.max_teacher for teacher in teachers)
@@ -63,9 +64,9 @@ class GivenTeacher:
     """A teacher that could be chosen.
 
     Attributes:
-        name: for people.
-        size: parameters.
-        tokens: that it was trained on; None where nobody knows.
+        name: Name that is shown to users.
+        size: Number of parameters.
+        tokens: Number of tokens that it was trained on; None where it is not known.
     """
 
     name: str
@@ -82,7 +83,7 @@ CAPACITY_GAP = PublishedLaw(
     max_student=3.02e9,
     max_teacher=70e9,
 )
-"""Its students are 0.4 of their teachers."""
+"""At the law's best size, a student has about 0.4 of its teacher's parameters."""
 
 DISTILLATION_SCALING = PublishedLaw(
     name="distillation scaling law",
@@ -99,28 +100,28 @@ DISTILLATION_SCALING = PublishedLaw(
 
 GAP_SLOPE = 2.498
 GAP_INTERCEPT = -11.498e6
-"""Parameters."""
+"""Slope and intercept of the law of capacity gap; the intercept is in parameters."""
 
 CHINCHILLA_TOKENS_PER_PARAMETER = 20.0
-"""How long a teacher is taken to have trained where nothing is known."""
+"""Tokens per parameter that a teacher is assumed to be trained on where nothing is known."""
 
 
 def gap_best_teacher(student: float) -> float | None:
-    """Best teacher for a student of this size: 2.498 S - 11.498M; None where that is smaller than the student."""
+    """Return the best teacher's size for a student of size S: 2.498 S - 11.498M; None where that is below S."""
     best = GAP_SLOPE * student + GAP_INTERCEPT
     return best if best >= student else None
 
 
 def supervised_loss(size: float, tokens: float) -> float:
-    """Nats/token of a model trained on text alone: E + (A / N^alpha + B / D^beta)^gamma."""
+    """Return the loss, in nats/token, of a model trained on text alone: E + (A / N^alpha + B / D^beta)^gamma."""
     return float(1.220 + (3355 / size**0.408 + 18186 / tokens**0.431) ** 0.452)
 
 
 def distilled_loss(student: float, tokens: float, teacher_loss: float, alone: float | None = None) -> float:
-    """Nats/token of a student whose teacher has this loss.
+    """Return the loss, in nats/token, of a student whose teacher has the loss L_T = `teacher_loss`.
 
-    L_T + L_T^-c0 (1 + (L_T / (L_S d1))^(1/f1))^(-c1 f1) (A' / N^alpha' + B' / D^beta')^gamma', where L_S is what the
-    student reaches alone: as measured, or by `supervised_loss` where it is left out.
+    L_T + L_T^-c0 (1 + (L_T / (L_S d1))^(1/f1))^(-c1 f1) (A' / N^alpha' + B' / D^beta')^gamma', where L_S is the loss of
+    the student without a teacher: `alone`, or `supervised_loss` where that is None.
     """
     alone = supervised_loss(student, tokens) if alone is None else alone
     gap = (1 + (teacher_loss / (alone * 1.315)) ** (1 / 0.090)) ** (-522.61 * 0.090)
@@ -130,13 +131,13 @@ def distilled_loss(student: float, tokens: float, teacher_loss: float, alone: fl
 
 @dataclass(frozen=True)
 class ScalingBest:
-    """Where the distillation scaling law has its lowest loss, as teacher over student.
+    """The ratio of teacher to student size at which the distillation scaling law has its lowest loss.
 
     Attributes:
-        ratio: of the best teacher; None where the loss is lowest at an end of `LOOKED_AT`, which is no optimum.
-        end: that end.
-        within: the least and the largest ratio whose loss is within `NEAR` of the lowest; an end of `LOOKED_AT` stands
-            for "there and perhaps beyond".
+        ratio: The best ratio; None where the loss is lowest at an end of `LOOKED_AT`, which is no optimum.
+        end: The end of `LOOKED_AT` at which the loss is lowest; None where the best ratio lies between the ends.
+        within: Smallest and largest ratio whose loss is within `NEAR` of the lowest. An end of `LOOKED_AT` means that
+            the range may reach beyond it.
     """
 
     ratio: float | None
@@ -145,7 +146,13 @@ class ScalingBest:
 
 
 def scaling_best_teacher(student: float, tokens: float, tokens_per_parameter: float) -> ScalingBest:
-    """The best teacher of a student, among teachers that were trained on so many tokens a parameter."""
+    """Return a student's best teacher, among teachers trained on `tokens_per_parameter` tokens per parameter.
+
+    Args:
+        student: Number of the student's parameters, without embeddings.
+        tokens: Number of tokens that the student is trained on.
+        tokens_per_parameter: Number of a teacher's training tokens over its parameters.
+    """
 
     def loss(log_ratio: float) -> float:
         size = student * math.exp(log_ratio)
@@ -168,7 +175,7 @@ def scaling_best_teacher(student: float, tokens: float, tokens_per_parameter: fl
 
 
 def warning_of_ratio(student: float, teachers: Sequence[GivenTeacher]) -> str | None:
-    """A warning that names the teachers more than `LARGEST_RATIO` times as large as the student; None without any."""
+    """Return a warning that names the teachers more than `LARGEST_RATIO` times the student's size; None without any."""
     large = [f"{one.name} ({one.size / student:.3g} x)" for one in teachers if one.size > LARGEST_RATIO * student]
     if not large:
         return None
@@ -179,7 +186,7 @@ def warning_of_ratio(student: float, teachers: Sequence[GivenTeacher]) -> str | 
 
 
 def _bottom(loss: Callable[[float], float], low: float, high: float) -> float:
-    """The lowest place of a valley, by thirds of the interval."""
+    """Return where the loss is lowest between `low` and `high`, by ternary search."""
     for _ in range(2 * _NUM_HALVINGS):
         third = (high - low) / 3
         if loss(low + third) <= loss(high - third):
@@ -190,7 +197,7 @@ def _bottom(loss: Callable[[float], float], low: float, high: float) -> float:
 
 
 def _crossing(loss: Callable[[float], float], limit: float, inside: float, outside: float) -> float:
-    """Where the loss passes the limit on the way from a place below it to one above it."""
+    """Return where the loss crosses the limit between `inside`, where it is below, and `outside`, where it is above."""
     for _ in range(_NUM_HALVINGS):
         middle = (inside + outside) / 2
         inside, outside = (middle, outside) if loss(middle) <= limit else (inside, middle)

@@ -1,7 +1,7 @@
-"""What the law of capacity gap's paper printed of models: compute, and six benchmarks.
+"""The models in the table of the law of capacity gap's paper, with their compute and scores on six benchmarks.
 
 Source: table of results in the repository of MiniMA, of arXiv:2311.07052. Compute is 6 N D, for MiniMA-3B 6 N_S D + 2
-N_T D: neither a teacher's own training nor its adaptation is in it. `docs/law.md` lists which figures come out again.
+N_T D: it counts neither a teacher's own training nor its adaptation. `docs/law.md` lists which figures are reproduced.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from capgap.pipeline.plan.costs import non_dominated
 SOURCE = "Zhang et al., ACL 2025, arXiv:2311.07052"
 
 SHOTS = {"mmlu": 5, "ceval": 5, "drop": 3, "humaneval": 0, "bbh": 3, "gsm8k": 8}
-"""The six benchmarks, and solved examples before each question."""
+"""Number of solved examples before each question, for each of the six benchmarks."""
 
 _TFLOPS = 1e12
 
@@ -23,10 +23,10 @@ class PublishedModel:
     """A row of the paper's table.
 
     Attributes:
-        name: as it is printed.
-        flops: floating-point operations, printed in units of 1e9 TFLOPs.
-        scores: in the order of `SHOTS`, per cent.
-        doubt: what is wrong with the row, in words; empty where nothing is known to be.
+        name: The name in the table.
+        flops: Floating-point operations of its training; the table has them in units of 1e9 TFLOPs.
+        scores: Scores in per cent, in the order of `SHOTS`.
+        doubt: What is wrong with the row, in words; empty where no fault is known.
     """
 
     name: str
@@ -36,7 +36,7 @@ class PublishedModel:
 
     @property
     def mean(self) -> float:
-        """Mean of the six, per cent, each counting alike."""
+        """Unweighted mean of the six scores, in per cent."""
         return sum(self.scores) / len(self.scores)
 
 
@@ -71,6 +71,6 @@ MODELS = (
 
 
 def not_dominated() -> tuple[PublishedModel, ...]:
-    """Those of which no other costs as little and is as good, by rising cost."""
+    """Return the models that no other model beats in cost and mean score together, by rising cost."""
     best = non_dominated([model.flops for model in MODELS], [-model.mean for model in MODELS])
     return tuple(sorted((m for m, is_on in zip(MODELS, best, strict=True) if is_on), key=lambda model: model.flops))

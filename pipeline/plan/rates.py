@@ -1,4 +1,4 @@
-"""How fast a stage goes: as stated, as an earlier run went, as `--calibrate` probed, or as a device's peak allows."""
+"""How fast a stage works: as stated, as an earlier run measured, as `--calibrate` probed, or from a device's peak."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from capgap.schemas.run_file import RunFile
 STAGES_WITH_A_RATE = ("teacher", "cache", "train", "eval")
 CALIBRATION_NAME = "calibration.json"
 
-# What must be equal for an earlier run's rate to be this run's: settings of the resolved run file, by dotted name.
+# Settings of the resolved run file, by dotted name, that must be equal before another run's rate is used for this run.
 _SAME: dict[str, tuple[str, ...]] = {
     "teacher": (
         "teacher.path",
@@ -51,12 +51,13 @@ class Stated:
     """Speeds that the user states.
 
     Attributes:
-        teacher_tokens_per_s: at which one engine caches.
-        train_tokens_per_s: of one student's training.
-        online_teacher_tokens_per_s: of a teacher that only scores, beside a student; as it caches where not stated.
-        device_peak_tflops: of one device, in 10^12 operations a second.
-        mfu: share of that peak which is used, above 0, at most 1.
-        like: folders of finished runs whose rates count.
+        teacher_tokens_per_s: Tokens/s of one engine of the cache stage.
+        train_tokens_per_s: Tokens/s of one student's training.
+        online_teacher_tokens_per_s: Tokens/s of a teacher that only scores, beside a student that trains; None for the
+            rate of the cache stage.
+        device_peak_tflops: Peak of one device, in 10^12 operations per second.
+        mfu: Share of that peak which is used, above 0 and at most 1.
+        like: Folders of finished runs whose rates may be used.
     """
 
     teacher_tokens_per_s: float | None = None
@@ -68,23 +69,23 @@ class Stated:
 
 
 def require_rates(folders: Iterable[str]) -> None:
-    """Refuse folders in which nothing lies that could say how fast a stage goes.
+    """Refuse folders that hold no measured rate of a stage.
 
     Raises:
-        InputError: one holds no such stage that is finished, and no rates that were probed.
+        InputError: A folder holds no finished stage that has a rate, and no probed rates.
     """
     for folder in folders:
         if not (Path(folder) / CALIBRATION_NAME).is_file() and next(_all_manifests(folder), None) is None:
             raise InputError(
-                "no finished stage lies there whose rate could count",
+                "the folder holds no finished stage whose rate could be used",
                 where="--like",
                 found=folder if Path(folder).is_dir() else f"{folder}, which is no folder",
-                expected=f"the folder of a run with one of {', '.join(_SAME)}",
+                expected=f"the folder of a run that has finished one of the stages {', '.join(_SAME)}",
             )
 
 
 def unlike_notes(run: RunFile, folders: Iterable[str], stages: Collection[str]) -> list[str]:
-    """A sentence for each folder none of whose rates counts for these stages of the run, with what differs."""
+    """Return a note for each folder none of whose rates can be used for these stages, with the settings that differ."""
     wanted, notes = run.model_dump(mode="json"), []
     for folder in folders:
         found = [(one.stage, one.resolved) for _, one in _all_manifests(folder)]
@@ -96,23 +97,25 @@ def unlike_notes(run: RunFile, folders: Iterable[str], stages: Collection[str]) 
             stage: [name for name in _SAME[stage] if _at(resolved, name) != _at(wanted, name)]
             for stage, resolved in found
         }
-        told = "; ".join(f"{stage}: other {', '.join(names)}" for stage, names in differing.items())
-        notes.append(f"no rate of {folder} counts here, for none of its stages is alike ({told or 'it has others'})")
+        told = "; ".join(f"{stage}: different {', '.join(names)}" for stage, names in differing.items())
+        notes.append(
+            f"no rate of {folder} can be used for this run ({told or 'it has none of the stages that this run makes'})"
+        )
     return notes
 
 
 def rate_of(stage: str, work: RunWork, stated: Stated, arm: str | None = None) -> Figure:
-    """Tokens/s of one engine or training; from the first source that has it.
+    """Return the tokens/s of one engine or training, from the first source that has it.
 
     Args:
-        stage: whose rate.
-        work: of the run.
-        stated: speeds that the user states.
-        arm: of a training. One that asks the teacher takes the time of a student's step and of the teacher's pass.
+        stage: The stage whose rate is wanted.
+        work: What the run has to do.
+        stated: Speeds that the user states.
+        arm: Arm of a training. If it asks the teacher online, each token takes the student's time plus the teacher's.
     """
     if stage not in STAGES_WITH_A_RATE or work.tokens(stage, arm).value == 0:
         to_do = work.tokens(stage, arm)
-        return Figure(value=None, source="no rate is known of this stage" if to_do.value else to_do.source)
+        return Figure(value=None, source="no rate is known for this stage" if to_do.value else to_do.source)
     if work.asks_the_teacher(arm):
         return _rate_beside_the_teacher(work, stated, arm)
     known, why = _found(stage, work, stated)
@@ -120,7 +123,11 @@ def rate_of(stage: str, work: RunWork, stated: Stated, arm: str | None = None) -
 
 
 def _rate_beside_the_teacher(work: RunWork, stated: Stated, arm: str | None) -> Figure:
-    """As an earlier such training went; else of a student and a teacher that take turns; else by the operations."""
+    """Return the rate of a training with an online teacher.
+
+    It is that of an earlier such training, else that of a student and a teacher that take turns, else computed from the
+    operations.
+    """
     earlier = _earlier("train", work, [work.run.out, *stated.like], online=True)
     if earlier is not None:
         return earlier
@@ -132,14 +139,14 @@ def _rate_beside_the_teacher(work: RunWork, stated: Stated, arm: str | None) -> 
 
 
 def _beside_a_student(work: RunWork, stated: Stated) -> Figure | None:
-    """Tokens/s of a teacher that only scores, beside a student: stated, or those at which it caches."""
+    """Return the tokens/s of a teacher that only scores beside a student: stated, or its rate in the cache stage."""
     if stated.online_teacher_tokens_per_s is not None:
         return Figure(value=stated.online_teacher_tokens_per_s, source="stated")
     return _found("cache", work, stated)[0]
 
 
 def _found(stage: str, work: RunWork, stated: Stated) -> tuple[Figure | None, str]:
-    """Tokens/s as stated, measured or probed; None where nothing is, with what failed."""
+    """Return the tokens/s as stated, measured or probed, else None and why a probe failed (empty without a probe)."""
     known = stated_or_measured(stage, work, stated)
     if known is not None:
         return known, ""
@@ -150,7 +157,7 @@ def _found(stage: str, work: RunWork, stated: Stated) -> tuple[Figure | None, st
 
 
 def _computed(stage: str, work: RunWork, stated: Stated, arm: str | None, why: str) -> Figure:
-    """From the operations and what the device does of them; `why` says what else was tried."""
+    """Compute the rate from the stage's operations and the device's stated speed; `why` says why a probe failed."""
     if stage == "cache" and work.run.cache.engine == "server":
         return Figure(value=None, source="give --teacher-tokens-per-s or --like RUN: the teacher is served elsewhere")
     operations, tokens = work.operations(stage, arm), work.tokens(stage, arm).value
@@ -163,7 +170,7 @@ def _computed(stage: str, work: RunWork, stated: Stated, arm: str | None, why: s
 
 
 def stated_or_measured(stage: str, work: RunWork, stated: Stated) -> Figure | None:
-    """Tokens/s as the user states it, or as an earlier run measured it; None where neither is so."""
+    """Return the tokens/s that the user states or an earlier run measured; None where there is neither."""
     given = {"cache": stated.teacher_tokens_per_s, "train": stated.train_tokens_per_s}.get(stage)
     if given is not None:
         return Figure(value=given, source="stated")
@@ -171,7 +178,10 @@ def stated_or_measured(stage: str, work: RunWork, stated: Stated) -> Figure | No
 
 
 def earlier_wall_s(stage: str, run: RunFile, folders: Iterable[str]) -> Figure | None:
-    """Seconds that an earlier stage of the same kind took, whatever it counts; None where there is none."""
+    """Return the seconds that an earlier stage with the same settings took; None where there is none.
+
+    It serves stages that do not count tokens.
+    """
     wanted = run.model_dump(mode="json")
     for path, manifest in _manifests(stage, folders):
         if manifest.wall_s > 0 and _is_alike(stage, manifest.resolved, wanted):
@@ -208,7 +218,7 @@ def _earlier(stage: str, work: RunWork, folders: Iterable[str], online: bool = F
         num_tokens = _tokens_of(stage, manifest)
         if not num_tokens or manifest.wall_s <= 0:
             continue
-        # what an arm changes stands in the stage's own settings
+        # an arm may change `train.targets`; only the stage's own settings include the arm's changes
         if stage == "train" and (_at(manifest.settings, "train.targets") == "online") != online:
             continue
         if _is_alike(stage, manifest.resolved, wanted):
@@ -219,7 +229,7 @@ def _earlier(stage: str, work: RunWork, folders: Iterable[str], online: bool = F
 
 
 def _is_alike(stage: str, resolved: Any, wanted: Any) -> bool:
-    """Whether a rate that was found with these settings is that of the wanted ones."""
+    """Return whether a rate measured with the settings `resolved` may be used for the settings `wanted`."""
     return all(_at(resolved, name) == _at(wanted, name) for name in _SAME[stage])
 
 
@@ -235,14 +245,14 @@ def _manifests(stage: str, folders: Iterable[str]) -> Iterator[tuple[Path, Manif
 
 
 def _all_manifests(folder: str) -> Iterator[tuple[Path, Manifest]]:
-    """Of every stage whose rate may be another run's."""
+    """Yield the manifests of the folder's stages whose rates another run may use."""
     for stage in _SAME:
         yield from _manifests(stage, [folder])
 
 
 def _tokens_of(stage: str, manifest: Manifest) -> int:
     if stage == "eval":
-        # scored once by every model
+        # every model scores every label once
         return int(manifest.totals.get("labels", 0)) * int(manifest.totals.get("models", 0))  # type: ignore[arg-type]
     return int(manifest.totals.get("num_tokens", 0))  # type: ignore[arg-type]
 

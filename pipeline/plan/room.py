@@ -1,8 +1,8 @@
-"""Is there room on the disk for what a run is about to make? Asked before anything is made.
+"""Check, before anything is made, that the disk has room for what a run will make.
 
-    plan's work --> bytes of each stage to come, less what its folder holds --> against the free bytes of `out`
+    plan's work --> bytes of each stage to be made, less what its folder holds --> compared with the free bytes of `out`
 
-The bytes are estimates, so a run is refused only where they exceed the free space by more than such an estimate errs.
+The bytes are estimates, so a run is refused only where they exceed the free space by more than the estimates' error.
 """
 
 from __future__ import annotations
@@ -23,24 +23,24 @@ if TYPE_CHECKING:
     from capgap.pipeline.plan.work import RunWork
 
 SURE_SHARE = 0.5
-"""Of the estimate, what a run takes at the least: text of another kind than was measured has up to twice as many bytes
-a token, and the distributions of a sure teacher take half of what an unsure one's take."""
+"""Share of the estimate that a run takes at least: text of another kind than was measured has up to twice as many bytes
+per token, and sharp distributions of a teacher take half as many bytes as flat ones."""
 
 
 def require_disk_space(known: RunStates, coming: Sequence[Instance]) -> None:
-    """Refuse a run that its disk has no room for; figures that are not known count as nothing.
+    """Refuse a run that the disk has no room for; figures that are not known count as zero.
 
     Args:
-        known: states of the run's instances.
-        coming: those that are to be made.
+        known: States of the run's instances.
+        coming: Instances that are to be made.
 
     Raises:
-        MachineError: the estimate of what they take exceeds the free space by far.
-        InputError: a source of the corpus cannot be read.
+        MachineError: Half of the estimated bytes (`SURE_SHARE`) exceed the free space.
+        InputError: A source of the corpus cannot be read.
     """
     if not coming:
         return
-    # here, for a run that is current must not wait for its imports
+    # imported here, so that a run with nothing left to make does not wait for this import
     from capgap.pipeline.plan.work import work_of
 
     run = known.run
@@ -67,13 +67,13 @@ def require_disk_space(known: RunStates, coming: Sequence[Instance]) -> None:
 
 
 def nearest_folder(path: Path) -> Path:
-    """The folder, or the one above it that is there already."""
+    """Return the folder itself, or its nearest parent that exists."""
     path = path.absolute()
     return next(folder for folder in (path, *path.parents) if folder.is_dir())
 
 
 def _parts(work: RunWork, known: RunStates, coming: Sequence[Instance]) -> Iterator[tuple[str, float]]:
-    """What each stage will take more than its folder holds; and the largest scratch, for one is at work at a time."""
+    """Yield the bytes that each stage will add to its folder, and the largest scratch, as stages run one at a time."""
     scratch = 0.0
     for instance in coming:
         yield (

@@ -1,4 +1,4 @@
-"""The passes over text that score a teacher's parts before it is pruned."""
+"""The passes over text that score how important a teacher's parts are before it is pruned."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ from capgap.schemas.errors import CapgapError
 from capgap.schemas.plan import Figure
 from capgap.schemas.run_file import RunFile
 
-# A forward pass, and a backward pass without gradients of weights, take 2 operations a parameter and token each.
+# A forward pass takes 2 operations per parameter and token, and so does a backward pass without weight gradients.
 _FORWARD, _BACKWARD = 2, 2
 
 
 def scoring_of(work: RunWork) -> tuple[Figure, float | None]:
-    """Tokens of the passes that one student stage makes, and their operations; of a student that is not pruned none.
+    """Return the tokens of the scoring passes of one student stage, and their operations.
 
-    What pruning cost, measured on 64 held-out sequences, is not counted.
+    They are zero and None for a student that is not pruned. The evaluation of the pruned model on 64 held-out sequences
+    is not counted.
     """
     settings, text = work.run.student.prune, work.split_tokens["student"]
     if settings is None:
@@ -28,7 +29,7 @@ def scoring_of(work: RunWork) -> tuple[Figure, float | None]:
     passes = 1
     if settings.layer_importance == "loss":
         try:
-            # depth is counted, and does not depend on the vocabulary
+            # only the number of layers is needed, which does not depend on the vocabulary
             passes += 1 + shape_of(teacher_config(work.run.teacher, work.vocab_size or 1), "teacher").num_layers
         except CapgapError as error:
             return Figure(value=None, source=f"cannot be counted: {error}"), None
@@ -40,7 +41,10 @@ def scoring_of(work: RunWork) -> tuple[Figure, float | None]:
 
 
 def scoring_hours(run: RunFile, operations: float | None, stated: Stated) -> Figure:
-    """Device hours of one student stage: as an earlier one of the same teacher and shape took, or by a stated peak."""
+    """Return the device hours of one student stage.
+
+    They are those of an earlier stage with the same teacher and student settings, else computed from a stated peak.
+    """
     earlier = earlier_wall_s("student", run, stated.like)
     if earlier is not None:
         return earlier.model_copy(update={"value": (earlier.value or 0) / 3600})

@@ -1,4 +1,4 @@
-"""How large the models of a run are, without loading a weight."""
+"""Compute how large the models of a run are, without loading their weights."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ class ModelSize:
     """Sizes of one model.
 
     Attributes:
-        total: all parameters, tied ones once.
-        outside_embedding: without embedding and head.
-        where: what it was counted from, or why it is not known.
-        tied: whether embedding and head are one matrix; taken for so where that is not known.
+        total: Number of all parameters, tied ones counted once; None where it is not known.
+        outside_embedding: Number of parameters without embedding and head; None where it is not known.
+        where: What the parameters were counted from, or why they are not known.
+        tied: Whether embedding and head are one matrix; assumed to be true where that is not known.
     """
 
     total: float | None
@@ -39,11 +39,11 @@ class ModelSize:
 
     @property
     def saved_bytes(self) -> float | None:
-        """As safetensors of float32, which is what is trained and saved here."""
+        """Bytes of the model's weights as float32 safetensors."""
         return None if self.total is None else self.total * _FLOAT32_BYTES
 
     def packed_bytes(self, settings: QuantizeSettings) -> float | None:
-        """As it is served where its linear layers have few bits, and the rest 16."""
+        """Return the bytes of the served weights: quantised linear layers, and 16 bits for all other weights."""
         if self.total is None or self.outside_embedding is None:
             return None
         few, ends = settings.bits_per_weight / 8, self.total - self.outside_embedding
@@ -57,7 +57,7 @@ class ModelSize:
 def model_size(
     manifest: Manifest | None, path: str | None, shape: ModelShape | None, vocab_size: float | None
 ) -> ModelSize:
-    """Size of a finished stage, a given model, or a shape; the first of these that is there."""
+    """Return the size of a finished stage's model, a given model, or a shape: the first of these that is not None."""
     if manifest is not None and "num_parameters" in manifest.facts:
         facts = ModelFacts.model_validate(manifest.facts)
         return ModelSize(facts.num_parameters, facts.num_non_embedding_parameters, "its manifest")
@@ -76,7 +76,7 @@ def model_size(
     if shape is not None:
         outside = shape_parameters(shape)
         if vocab_size is None:
-            return ModelSize(None, outside, "its embedding is as large as a tokenizer that cannot be read")
+            return ModelSize(None, outside, "the size of its embedding depends on a tokenizer that cannot be read")
         embedding = vocab_size * shape.hidden_size * (1 if shape.tie_word_embeddings else 2)
         return ModelSize(outside + embedding, outside, "its shape", shape.tie_word_embeddings)
     return ModelSize(None, None, "not known before it is made")
@@ -85,7 +85,7 @@ def model_size(
 def pruned_size(
     manifest: Manifest | None, settings: PruneSettings, teacher: TeacherSettings, vocab_size: float | None
 ) -> ModelSize:
-    """Size of a finished stage, or of the teacher's configuration with the sizes asked for."""
+    """Return the size of a finished stage's model, or of the teacher's configuration, pruned as the settings ask."""
     if manifest is not None:
         return model_size(manifest, None, None, vocab_size)
     from capgap.pipeline.models.configs import empty_model
@@ -94,7 +94,7 @@ def pruned_size(
     try:
         config = teacher_config(teacher, vocab_size)
         if config is None:
-            return ModelSize(None, None, "its embedding is as large as a tokenizer that cannot be read")
+            return ModelSize(None, None, "the size of its embedding depends on a tokenizer that cannot be read")
         target = target_shape(shape_of(config, str(teacher.path)), settings)
         model = empty_model(pruned_config(config, target, list(range(target.num_layers))))
     except CapgapError as error:
@@ -106,7 +106,7 @@ def pruned_size(
 
 
 def shape_parameters(shape: ModelShape) -> int:
-    """Parameters of a Llama of that shape, without embedding and head."""
+    """Return the number of parameters of a Llama model of that shape, without embedding and head."""
     width = shape.hidden_size
     key_value = width // shape.num_heads * (shape.num_key_value_heads or shape.num_heads)
     attention = 2 * width * width + 2 * width * key_value

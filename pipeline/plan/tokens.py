@@ -1,4 +1,4 @@
-"""How many tokens a run has: in its corpus, in its cache, in a training."""
+"""How many tokens a run has in its corpus, in its cache and in each training."""
 
 from __future__ import annotations
 
@@ -19,9 +19,11 @@ from capgap.schemas.run_optimization import OptimizationSettings
 
 
 def vocab_size_of(run: RunFile, text: Manifest | None) -> float | None:
-    """Vocabulary of the corpus, or of the cache that stands for it, or of the tokenizer that it is to have.
+    """Return the vocabulary size of the run's tokenizer; None where the tokenizer cannot be read.
 
-    None where that cannot be read.
+    Args:
+        run: The run file.
+        text: Manifest of the finished corpus, or of the cache that stands for it; None where neither is finished.
     """
     if text is not None:
         return text_facts(text.stage, text.facts).tokenizer.vocab_size
@@ -39,10 +41,16 @@ def vocab_size_of(run: RunFile, text: Manifest | None) -> float | None:
 def split_tokens(
     run: RunFile, made: Manifest | None, vocab_size: float | None, stated_bytes_per_token: float | None
 ) -> dict[str, Figure]:
-    """Tokens of each split: counted where the corpus, or the cache that stands for it, is made, else estimated.
+    """Return the tokens of each split of the corpus, counted where possible, else estimated.
+
+    Args:
+        run: The run file.
+        made: Manifest of the finished corpus, or of the cache that stands for it; None where neither is finished.
+        vocab_size: Size of the tokenizer's vocabulary; None where it is not known.
+        stated_bytes_per_token: Bytes of text in a token, stated by the user; None to measure it on a sample.
 
     Raises:
-        InputError: a source of the corpus cannot be read.
+        InputError: A source of the corpus cannot be read.
     """
     if made is not None:
         counted = {name: part.num_tokens for name, part in made.shard_sets.items()}
@@ -68,7 +76,7 @@ def split_tokens(
 
 
 def cache_tokens(run: RunFile, cache: Manifest | None, student: Figure) -> Figure:
-    """Tokens that the teacher scores: whole shards of the student's split."""
+    """Return the tokens that the teacher scores: whole shards of the student's split."""
     if cache is not None:
         return Figure(value=next(iter(cache.shard_sets.values())).num_tokens, source="the cache")
     asked = run.cache.max_tokens
@@ -81,10 +89,10 @@ def cache_tokens(run: RunFile, cache: Manifest | None, student: Figure) -> Figur
 
 
 def written_tokens(run: RunFile) -> Figure:
-    """Tokens of one round's text, if every answer has its longest length: prompts come on top of that.
+    """Return the most tokens that one round's answers can have; the tokens of the prompts are not counted.
 
     Raises:
-        InputError: the prompts cannot be read.
+        InputError: The prompts cannot be read.
     """
     rounds = rounds_of(run)
     chosen = split_prompts(read_prompts(rounds.prompts), rounds, 0)
@@ -94,13 +102,13 @@ def written_tokens(run: RunFile) -> Figure:
 
 
 def _in_shards(run: RunFile, num_tokens: int) -> int:
-    """The tokens of the fewest shards that hold so many."""
+    """Round a number of tokens up to whole shards."""
     shard = run.corpus.sequences_per_shard * run.corpus.seq_len
     return math.ceil(num_tokens / shard) * shard
 
 
 def trained_tokens(settings: OptimizationSettings, data: Figure) -> Figure:
-    """Tokens that a training sees, epochs and all."""
+    """Return the tokens that a training sees in all its epochs."""
     if data.value is None:
         return data
     value = data.value * settings.num_epochs

@@ -1,4 +1,4 @@
-"""How much each stage of a run has to do and what disk it takes: counted where the corpus is made, else estimated."""
+"""How much work and disk each stage of a run takes, counted where the corpus is made and estimated otherwise."""
 
 from __future__ import annotations
 
@@ -26,19 +26,20 @@ _NOT_PLANNED = Figure(value=None, source="`capgap plan` does not know this stage
 
 @dataclass(frozen=True)
 class RunWork:
-    """What there is to do.
+    """What a run has to do.
 
     Attributes:
-        vocab_size: of the tokenizer; None where that cannot be read.
-        teacher: its size.
-        student: its size.
-        split_tokens: by split of the corpus: teacher, student, heldout.
-        cache_tokens: that the teacher scores.
-        student_tokens: by arm, that one student trains on, epochs and all.
-        teacher_tokens: that a teacher is trained on here; 0 for a given one.
-        teacher_training: tokens that it was or will be trained on from fresh weights; None where that is not known, as
-            of a given teacher, adapted or not.
-        eval_sequences: held-out sequences that each model is scored on.
+        run: The run file.
+        vocab_size: Size of the tokenizer's vocabulary; None where the tokenizer cannot be read.
+        teacher: Size of the teacher.
+        student: Size of the student.
+        split_tokens: Tokens of each split of the corpus: teacher, student, heldout.
+        cache_tokens: Tokens that the teacher scores.
+        student_tokens: Tokens that one student of each arm trains on in all its epochs.
+        teacher_tokens: Tokens that the run trains its teacher on; 0 for a given teacher.
+        teacher_training: Tokens that the teacher was or will be trained on from random weights; None where that is not
+            known, as for a given teacher, adapted or not.
+        eval_sequences: Number of held-out sequences that each model is scored on.
     """
 
     run: RunFile
@@ -54,7 +55,7 @@ class RunWork:
 
     @property
     def num_models(self) -> int:
-        """That eval measures."""
+        """Number of models that eval measures."""
         return self._measured_teachers + len(self.run.seeds) * len(self.run.arms)
 
     @property
@@ -63,12 +64,12 @@ class RunWork:
 
     @property
     def most_student_tokens(self) -> Figure:
-        """Of the arm that trains longest."""
+        """Tokens of a student of the arm that trains longest."""
         return max(self.student_tokens.values(), key=lambda figure: figure.value or 0)
 
     @property
     def num_cache_students(self) -> int:
-        """That this run trains from the cache's targets; none where it only makes shards."""
+        """Number of students that this run trains from the cache's targets; 0 where it only makes shards."""
         if not self.run.makes("train"):
             return 0
         settings = [self.run.train_settings(arm) for arm in self.run.arms]
@@ -76,11 +77,14 @@ class RunWork:
         return len(self.run.seeds) * len(learning)
 
     def asks_the_teacher(self, arm: str | None) -> bool:
-        """Whether the teacher stands beside a student of that arm."""
+        """Return whether a training of that arm asks the teacher online."""
         return arm is not None and self.run.train_settings(arm).needs_teacher
 
     def tokens(self, stage: str, arm: str | None = None) -> Figure:
-        """Targets that one instance of the stage works on; of a training without an arm, those of the longest."""
+        """Return the tokens that one instance of the stage works on.
+
+        For a training without an arm, they are those of the arm that trains longest.
+        """
         match stage:
             case "corpus":
                 parts = list(self.split_tokens.values())
@@ -106,12 +110,12 @@ class RunWork:
             case "student" | "judge" | "report":
                 return Figure(value=0, source="none")
             case "tune":
-                return Figure(value=None, source="conversations are not counted before they are tokens")
+                return Figure(value=None, source="conversations are only counted when they are tokenized")
             case _:
                 return _NOT_PLANNED
 
     def disk_bytes(self, stage: str) -> Figure:
-        """Bytes of one finished folder."""
+        """Return the bytes of one finished folder of the stage."""
         match stage:
             case "corpus":
                 return _times(corpus_bytes_per_token(self.vocab_size), self.tokens("corpus"))
@@ -135,7 +139,7 @@ class RunWork:
                 return _NOT_PLANNED
 
     def scratch_bytes(self, stage: str, arm: str | None = None) -> Figure:
-        """More that one instance takes while it works."""
+        """Return the further bytes of disk that one instance of the stage takes while it works."""
         match stage:
             case "train" if self.tokens(stage, arm).value == 0:
                 return Figure(value=0, source="no step is taken")
@@ -156,7 +160,10 @@ class RunWork:
                 return _NOT_PLANNED
 
     def operations(self, stage: str, arm: str | None = None) -> float | None:
-        """Floating-point operations of one instance: 6 N D for a training, 2 N D for a forward pass."""
+        """Return the floating-point operations of one instance: 6 N D for a training, 2 N D for a forward pass.
+
+        None where they cannot be counted.
+        """
         teacher, student, tokens = self.teacher.total, self.student.total, self.tokens(stage, arm).value
         if tokens is None:
             return None
@@ -182,16 +189,16 @@ def work_of(
     stated_bytes_per_token: float | None,
     splits: dict[str, Figure] | None = None,
 ) -> RunWork:
-    """What the run has to do, as far as it can be known.
+    """Return what the run has to do, as far as it can be known.
 
     Args:
-        run: the run file.
-        known: states of its instances.
-        stated_bytes_per_token: of text, where the corpus is not made; measured on a sample where it is not given.
-        splits: tokens of the corpus's splits, where another run of the same corpus was looked at.
+        run: The run file.
+        known: States of its instances, by name.
+        stated_bytes_per_token: Bytes of text in a token, where the corpus is not made; None to measure it on a sample.
+        splits: Tokens of the corpus's splits, where they are known from another run of the same corpus.
 
     Raises:
-        InputError: a source of the corpus cannot be read.
+        InputError: A source of the corpus cannot be read.
     """
     corpus = finished("corpus", run, known)
     cache = finished("cache", run, known)
@@ -232,10 +239,10 @@ def work_of(
 
 
 def reused_stage(run: RunFile, stage: ReusableStage) -> Finished:
-    """The folder or URL that the run takes in the place of a stage, with its manifest.
+    """Return the folder or URL that the run reuses for a stage, with its manifest.
 
     Raises:
-        InputError: it holds no such stage.
+        InputError: It holds no such stage.
     """
     folder = run.reuse[stage]
     return finished_stage(
@@ -244,10 +251,10 @@ def reused_stage(run: RunFile, stage: ReusableStage) -> Finished:
 
 
 def finished(stage: ReusableStage, run: RunFile, known: dict[str, StageState]) -> Manifest | None:
-    """The manifest of a stage that is current or reused."""
+    """Return the manifest of a stage that is current or reused; None where it is neither."""
     if stage in run.reuse:
         return reused_stage(run, stage)[1]
-    state = known.get(stage)  # nobody may need it
+    state = known.get(stage)  # the run may not make this stage
     return state.manifest if state is not None and state.state is State.CURRENT else None
 
 

@@ -76,5 +76,5 @@ def test_a_folder_without_a_finished_stage_is_no_run_to_be_like(
         folder.mkdir()
     assert main([*command, "--out", str(tmp_path / "out"), "--like", str(folder)]) == 2
     found = str(folder) if there else f"{folder}, which is no folder"
-    said = f"capgap: --like: no finished stage lies there whose rate could count; found {found}, expected the folder"
+    said = f"capgap: --like: the folder holds no finished stage whose rate could be used; found {found}, expected the"
     assert said in capsys.readouterr().err

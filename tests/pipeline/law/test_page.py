@@ -66,7 +66,7 @@ def test_ids_are_unique_and_nothing_is_loaded_from_elsewhere(text: str) -> None:
 def test_verdicts_laws_and_missing_runs_stand_on_the_page(text: str) -> None:
     assert "interior" in text
     assert "best teacher = 4" in text or "best teacher = 3.9" in text
-    assert "Runs without a result, in no mean (1)" in text
+    assert "Runs without a result, which no mean includes (1)" in text
     assert "seed 2: no row in the table" in text
     assert "2311.07052" in text and "2502.08606" in text
     assert "6 N_S D + 2 N_T D_C" in text

@@ -122,10 +122,10 @@ def test_an_earlier_run_of_the_same_stage_says_how_fast_it_goes_and_another_teac
     like = Stated(like=(run().out,))
     found = stages(make_plan(other, like))["teacher"].tokens_per_s
     assert found.value == pytest.approx(rate) and "measured: " in found.source and "start included" in found.source
-    assert not any("counts here" in note for note in make_plan(other, like).notes)
+    assert not any("no rate of" in note for note in make_plan(other, like).notes)
     changed = run(out=str(tmp_path / "other"), teacher={"model": {**SHAPE, "num_layers": 1}})
     assert stages(make_plan(changed, like))["teacher"].tokens_per_s.value is None
-    said = f"no rate of {run().out} counts here, for none of its stages is alike (teacher: other teacher.model)"
+    said = f"no rate of {run().out} can be used for this run (teacher: different teacher.model)"
     assert said in make_plan(changed, like).notes
 
 
