@@ -105,6 +105,15 @@ def test_stages_are_listed_with_identity_time_and_their_own_versions(page):
     assert any(text.endswith("All stages: python 3.11.2, torch 2.13.0.") for text in texts)
 
 
+def test_the_time_of_a_stage_is_said_to_be_that_of_all_its_processes(html, page):
+    text = " ".join(" ".join(page.texts).split())
+    assert "Time is that of all processes of a stage together" in text
+    assert "shows fewer than one process made" in text and "too high" not in text
+    assert "Tokens a second over the time of all processes of the stage together" in html
+    assert "The time of all processes of a stage together, including starts" in text
+    assert "seconds of all processes together" in text and "last process" not in html
+
+
 def test_samples_stand_side_by_side(page):
     texts = page.texts
     names = ["the text itself", "teacher", *ARMS]
