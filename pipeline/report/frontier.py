@@ -24,8 +24,8 @@ from capgap.schemas.results import TEACHER, EvalResults, ModelResult
 STATED = (
     "Compute is 6 N D for a training and 2 N D for a forward pass, where N counts all parameters and D the tokens. A "
     "student's compute is that of its training and, where it is distilled, of the teacher's pass over the cached "
-    "tokens (6 N_S D + 2 N_T D_C, as in the paper). In a run with rounds, tokens that the teacher wrote count as a pass "
-    "for every arm that learned from them. The column with the teacher's training adds 6 N_T D_T for every "
+    "tokens (6 N_S D + 2 N_T D_C, as in the paper). In a run with rounds, tokens that the teacher wrote count as a "
+    "pass for every arm that learned from them. The column with the teacher's training adds 6 N_T D_T for every "
     "student that learned from the teacher or was made from its weights. What was spent on given first weights, and "
     "the tuning of a student, are not counted."
 )

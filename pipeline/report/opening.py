@@ -62,7 +62,8 @@ def _figures(report: Report) -> Iterator[OpeningFigure]:
         )
     # in a run with rounds, each arm has caches of its own; the table of rounds counts their tokens
     if not report.rounds:
-        yield OpeningFigure(human_count(report.cache.num_tokens), "tokens read by the teacher", "once, for all students")
+        tokens = human_count(report.cache.num_tokens)
+        yield OpeningFigure(tokens, "tokens read by the teacher", "once, for all students")
 
 
 def _best(report: Report, rows: dict[str, Row]) -> Row | None:
