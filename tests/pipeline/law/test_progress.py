@@ -171,6 +171,19 @@ def test_a_reused_cache_of_another_length_is_refused_before_anything_is_trained(
             GridProgress(other)
 
 
+def test_a_plan_counts_no_training_that_is_finished_in_a_cell_that_is_not(
+    make_grid: Callable[[int], LawGrid], train: Callable[[Cell], None]
+) -> None:
+    grid = make_grid(2)
+    train(cell(grid, "s", "b", 0, TOKENS["s"]))
+    plan = plan_grid(grid, Stated(), num_workers=1)
+    left = {phase.phase: (phase.num_left, phase.num_runs) for phase in plan.phases}
+    # of each seed, the student alone and from two teachers; one is trained and not measured
+    assert left["students"] == (5, 6) and left["measurements"] == (6, 6)
+    assert plan.num_processes == 2 * 3 * 3 - 2
+    assert next(phase for phase in plan.phases if phase.phase == "students").tokens.value == 5 * 320
+
+
 def test_a_manifest_that_is_written_while_others_look_is_seen_by_the_next_look(
     make_grid: Callable[[int], LawGrid],
 ) -> None:
