@@ -207,6 +207,15 @@ class ShardSet(Entry):
         """Number of targets in all shards."""
         return self.num_sequences * self.seq_len
 
+    def first_shards(self, max_tokens: int | None) -> tuple[ShardEntry, ...]:
+        """Return the smallest number of first shards that hold `max_tokens` tokens, or all shards."""
+        total = 0
+        for number, shard in enumerate(self.shards, start=1):
+            total += shard.num_sequences * self.seq_len
+            if max_tokens is not None and total >= max_tokens:
+                return self.shards[:number]
+        return self.shards
+
     @property
     def num_bytes(self) -> int:
         """Size of all shard files together, in bytes."""

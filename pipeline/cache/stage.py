@@ -123,7 +123,7 @@ def prepare(context: StageContext) -> CacheJob:
     ranking = rank_counts(read_counts(corpus.path, corpus.manifest.files, "student", vocab_size))
     write_atomically(context.folder / RANKING_NAME, ranking.data)
     work = context.folder / WORK_FOLDER
-    training = student.shards[: _num_shards(student, settings.max_tokens)]
+    training = student.first_shards(settings.max_tokens)
     heldout = _first_blocks(corpus.manifest.shard_sets.get("heldout"), settings.num_heldout_sequences)
     source = student.model_copy(update={"shards": (*training, *heldout)})
     plan_units(work, "shards", len(source.shards), f"{SCORED_FOLDER}/*.json")
@@ -233,16 +233,6 @@ def _require_fit(corpus: CorpusFacts, seq_len: int, teacher: ModelFacts | Served
     require_kept(settings.num_ids("topk"), corpus.tokenizer.vocab_size)
     for codec in codecs_of(settings, seq_len, corpus.tokenizer.vocab_size).values():
         require_storable(codec)
-
-
-def _num_shards(shard_set: ShardSet, max_tokens: int | None) -> int:
-    """Return the smallest number of first shards that hold `max_tokens` targets, or the number of all shards."""
-    total = 0
-    for number, shard in enumerate(shard_set.shards, start=1):
-        total += shard.num_sequences * shard_set.seq_len
-        if max_tokens is not None and total >= max_tokens:
-            return number
-    return len(shard_set.shards)
 
 
 def _first_blocks(heldout: ShardSet | None, num_sequences: int) -> tuple[ShardEntry, ...]:

@@ -117,7 +117,7 @@ def _law_answer(law: GlobalLaw, fit: LawFit, student: int, tokens: int, teachers
     tried = [point.size for curve in curves for point in curve.points]
     outside = [
         _outside("the student", student, min(sizes), max(sizes)),
-        _outside("tokens a parameter", tokens / student, min(ratios) / _ROOM, max(ratios) * _ROOM),
+        _outside("tokens a parameter", tokens / student, min(ratios), max(ratios), room=_ROOM),
         *(_outside(f"teacher {one.name}", one.size, min(tried), max(tried)) for one in teachers if tried),
     ]
     far = tuple(sentence for sentence in outside if sentence is not None)
@@ -142,9 +142,12 @@ def _law_answer(law: GlobalLaw, fit: LawFit, student: int, tokens: int, teachers
     )
 
 
-def _outside(what: str, value: float, least: float, most: float) -> str | None:
-    """Return a sentence with the factor by which a value is outside a range; None where it is inside."""
-    if least <= value <= most:
+def _outside(what: str, value: float, least: float, most: float, room: float = 1) -> str | None:
+    """Return a sentence with the factor by which a value is outside the measured range from `least` to `most`.
+
+    None is returned where the value is inside, or outside by a factor of at most `room`.
+    """
+    if least / room <= value <= most * room:
         return None
     if value > most:
         return f"{what} is {_times(value / most)} x the largest that was measured ({human_count(most)})"

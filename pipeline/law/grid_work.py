@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from capgap.pipeline.law.expand import Cell, cells, corpus_folder, corpus_run, teacher_run
-from capgap.pipeline.law.outcome import is_finished, made_stages
+from capgap.pipeline.law.outcome import made_stages, stages_left
 from capgap.pipeline.law.sizes import sizes_of, tokens_by_student, vocab_size_of_grid
 from capgap.pipeline.plan import Stated
 from capgap.pipeline.plan.rates import rate_of
@@ -39,8 +39,8 @@ class GridWork:
         self.corpus_made = corpus is not None and bool(made_stages(self.corpus_run, ["corpus"]))
         self.sizes = sizes_of(grid, vocab_size_of_grid(grid))
         every = list(cells(grid, tokens_by_student(grid, self.sizes)))
-        self.left = [one for one in every if not is_finished(one)]
         self._every = every
+        self._left = {one.name: stages_left(one) for one in every}
         self.num_arms = sum(len(one.arms) for one in every)
         made = {
             name: made_stages(teacher_run(grid, name), _OF_A_TEACHER) if self.corpus_made else ()
@@ -52,7 +52,7 @@ class GridWork:
     @property
     def num_processes(self) -> int:
         """Number of stages that are left to make."""
-        in_cells = sum(2 + len(one.arms) for one in self.left)
+        in_cells = sum(map(len, self._left.values()))
         return (0 if self.corpus_made else 1) + sum(map(len, self._pending.values())) + in_cells
 
     def corpus(self) -> PhasePlan:
@@ -70,22 +70,27 @@ class GridWork:
         They are equal for all seeds.
         """
         pruned = sum(one.init == "pruned" for one in self._every)
-        return self._phase("prunings", "student", self._alike(self._left_cells("pruned")), pruned)
+        return self._phase("prunings", "student", self._alike(self._left_cells("student", "pruned")), pruned)
 
     def trainings(self) -> PhasePlan:
         """Return the work of all students' trainings, which is equal for all teachers and seeds."""
         each = (
-            ((one.student, one.init, arm.budget), _with_one_arm(one, arm.name)) for one in self.left for arm in one.arms
+            ((one.student, one.init, arm.budget), _with_one_arm(one, arm.name))
+            for one in self._every
+            for arm in one.arms
+            if one.trained(arm).name in self._left[one.name]
         )
         return self._phase("students", "train", self._alike(each), self.num_arms)
 
     def measurements(self) -> PhasePlan:
         """Return the work of the eval stages, one for each cell, which is equal for all seeds."""
-        return self._phase("measurements", "eval", self._alike(self._left_cells()), len(self._every))
+        return self._phase("measurements", "eval", self._alike(self._left_cells("eval")), len(self._every))
 
-    def _left_cells(self, init: Init | None = None) -> Iterator[tuple[object, RunFile]]:
-        for one in self.left:
-            if init in (None, one.init):
+    def _left_cells(self, stage: str, init: Init | None = None) -> Iterator[tuple[object, RunFile]]:
+        """Yield a key of equal work and the run of each cell in which the stage, of one instance, is left to make."""
+        for one in self._every:
+            left = any(name.split("/")[0] == stage for name in self._left[one.name])
+            if left and init in (None, one.init):
                 yield (one.student, one.teacher, one.init), one.run
 
     def _alike(self, runs: Iterable[tuple[object, RunFile]]) -> list[tuple[RunFile, int]]:

@@ -72,12 +72,14 @@ def outcome_of(cell: Cell, why: str = "") -> Outcome:
     )
 
 
-def is_finished(cell: Cell) -> bool:
-    """Return whether every arm of the cell is trained and measured under the grid's present settings."""
+def stages_left(cell: Cell) -> frozenset[str]:
+    """Return the names of the cell's instances that are not current: first weights, trainings and measurement."""
+    every = [Instance("student", seed=cell.seed), *map(cell.trained, cell.arms), _EVAL]
     try:
-        return _is_current(states(cell.run).values())
-    except InputError:
-        return False
+        known = states(cell.run)
+    except InputError:  # a teacher or cache that the cell reads is missing
+        return frozenset(one.name for one in every)
+    return frozenset(one.name for one in every if known[one.name].state is not State.CURRENT)
 
 
 def made_stages(run: RunFile, stages: Iterable[str]) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""Checks that reused teachers and caches belong to the grid's own corpus, teachers and recording."""
+"""Checks that reused teachers and caches belong to the grid's own corpus, teachers, recording and length of text."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ def require_reused(grid: LawGrid, corpus: Manifest) -> None:
         corpus: Manifest of the grid's corpus.
 
     Raises:
-        MismatchError: One was made from another corpus, teacher or recording than the grid's.
+        MismatchError: One was made from another corpus, teacher or recording than the grid's, or holds less
+            or more of the text.
         InputError: The named folder holds no such stage.
     """
     for name in grid.teachers:
@@ -33,6 +34,7 @@ def require_reused(grid: LawGrid, corpus: Manifest) -> None:
                 expected = found["teacher"][1].identity if "teacher" in found else states(run)["teacher"].order.identity
                 _require(where, "teacher", manifest.inputs["teacher"].identity, expected)
                 _require_kept(where, CacheFacts.model_validate(manifest.facts), grid)
+                _require_length(where, manifest, grid, corpus)
 
 
 def _require(where: str, what: str, found: str, expected: str) -> None:
@@ -44,6 +46,23 @@ def _require(where: str, what: str, found: str, expected: str) -> None:
             expected=expected[:12],
             fix=f"reuse that {what} too, or leave this out",
         )
+
+
+def _require_length(where: str, cache: Manifest, grid: LawGrid, corpus: Manifest) -> None:
+    """Refuse a cache that holds less or more of the text than the grid's own caches."""
+    text = corpus.shard_sets["student"]
+    expected = sum(shard.num_sequences for shard in text.first_shards(grid.cache.max_tokens)) * text.seq_len
+    for recording in grid.cache.recordings:
+        found = cache.shard_sets[recording].num_tokens
+        if found != expected:
+            raise MismatchError(
+                "caches of different lengths in one grid",
+                where=where,
+                found=f"{found:,} tokens",
+                expected=f"{expected:,}, as cache.max_tokens and the corpus give it",
+                fix="set cache.max_tokens as for that cache, or leave it out: the order of a training's data depends "
+                "on the length of its cache, and a short one ends a training early",
+            )
 
 
 def _require_kept(where: str, facts: CacheFacts, grid: LawGrid) -> None:

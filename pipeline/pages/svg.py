@@ -75,7 +75,9 @@ def _inline(text: str, name: str, label: str) -> str:
     text = re.sub(r"<style.*?</style>", "", text, flags=re.DOTALL)
     view_box = re.search(r'viewBox="[^"]*"', text)
     size = view_box.group(0) if view_box else ""
-    text = re.sub(r"<svg[^>]*>", f'<svg class="chart" role="img" aria-label="{escape(label)}" {size}>', text, count=1)
+    element = f'<svg class="chart" role="img" aria-label="{escape(label)}" {size}>'
+    # returned by a function, because a backslash in the text of a replacement has a meaning of its own
+    text = re.sub(r"<svg[^>]*>", lambda _: element, text, count=1)
     text = re.sub(r"font-family: [^;\"]*;? ?", "", text)
     text = re.sub(r' id="([^"]*)"', rf' id="{name}-\1"', text)
     text = re.sub(r'xlink:href="#', f'href="#{name}-', text)

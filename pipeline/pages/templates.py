@@ -17,7 +17,7 @@ MEANINGS = {
     "top-1": "Share of tokens at which the model's first choice is the teacher's.",
     "acceptance": "Share of drafts that the teacher would accept from the student in speculative decoding.",
     "ECE": "Expected calibration error: how far the model's confidence is, on average, from how often it is right.",
-    "tokens/s": "Tokens a second over the whole of the stage's last process, its start included.",
+    "tokens/s": "Tokens a second over the time of all processes of the stage together, their starts included.",
     "step tokens/s": "Median of the tokens per second over a training's logged steps.",
     "device hours": "Sum of the hours over all devices of the stage.",
     "identity": "Digest of the stage's settings and inputs.",

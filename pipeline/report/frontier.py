@@ -24,7 +24,8 @@ from capgap.schemas.results import TEACHER, EvalResults, ModelResult
 STATED = (
     "Compute is 6 N D for a training and 2 N D for a forward pass, where N counts all parameters and D the tokens. A "
     "student's compute is that of its training and, where it is distilled, of the teacher's pass over the cached "
-    "tokens (6 N_S D + 2 N_T D_C, as in the paper). The column with the teacher's training adds 6 N_T D_T for every "
+    "tokens (6 N_S D + 2 N_T D_C, as in the paper). In a run with rounds, tokens that the teacher wrote count as a "
+    "pass for every arm that learned from them. The column with the teacher's training adds 6 N_T D_T for every "
     "student that learned from the teacher or was made from its weights. What was spent on given first weights, and "
     "the tuning of a student, are not counted."
 )
@@ -166,16 +167,19 @@ def _trained_tokens(context: StageContext, instance: Instance) -> int | None:
 
 
 def _scored_tokens(context: StageContext, arm: str, tokens: int | None) -> tuple[int | None, str]:
-    """Return the tokens of the teacher's pass (0 without a teacher), or None and the reason why they are not known."""
+    """Return the tokens that the teacher scored or wrote for an arm, or None and the reason why they are not known.
+
+    They are 0 for an arm that learns without a teacher.
+    """
     settings = context.run.train_settings(arm)
     if settings.largest_alpha == 0:
-        return 0, ""
+        return (0 if context.run.rounds is None else _tokens_of_rounds(context, arm, scored=False)), ""
     if settings.needs_teacher:
         return tokens, ""
     if settings.caches:
         return None, "it learns from further caches, whose teachers' sizes are not known"
     if context.run.rounds is not None:
-        return _tokens_of_rounds(context, arm), ""
+        return _tokens_of_rounds(context, arm, scored=True), ""
     cache = context.input("cache").manifest
     facts = CacheFacts.model_validate(cache.facts)
     if facts.aligned is not None:
@@ -184,11 +188,14 @@ def _scored_tokens(context: StageContext, arm: str, tokens: int | None) -> tuple
     return cache.shard_sets[recording].num_tokens, ""
 
 
-def _tokens_of_rounds(context: StageContext, arm: str) -> int:
-    """Return the number of tokens that the teacher scored and wrote for an arm in all rounds of the first seed."""
+def _tokens_of_rounds(context: StageContext, arm: str, scored: bool) -> int:
+    """Return the number of tokens that the teacher wrote for an arm in all rounds of the first seed.
+
+    Those that it scored are added where `scored` says so, which an arm without a KL to the teacher does not need.
+    """
     run, totals = context.run, {made.manifest.instance: made.manifest.totals for made in context.inputs.values()}
     texts = [text_of(run, arm, run.seeds[0], number) for number in range(rounds_of(run).num)]
-    counts = [totals[cache_of(text).name]["num_tokens"] for text in texts]
+    counts = [totals[cache_of(text).name]["num_tokens"] for text in texts] if scored else []
     counts += [totals[text.name]["answer_tokens"] for text in texts if writer_of(text) == TEACHER]
     return sum(count for count in counts if isinstance(count, int))
 

@@ -60,7 +60,10 @@ def _figures(report: Report) -> Iterator[OpeningFigure]:
             "bytes a token in the cache",
             f"{name}: {report.cache.num_bytes[name] / 1e6:,.1f} MB",
         )
-    yield OpeningFigure(human_count(report.cache.num_tokens), "tokens read by the teacher", "once, for all students")
+    # in a run with rounds, each arm has caches of its own; the table of rounds counts their tokens
+    if not report.rounds:
+        tokens = human_count(report.cache.num_tokens)
+        yield OpeningFigure(tokens, "tokens read by the teacher", "once, for all students")
 
 
 def _best(report: Report, rows: dict[str, Row]) -> Row | None:

@@ -79,7 +79,7 @@ def _stages(stages: tuple[StageLine, ...]) -> Chart:
         axes.tick_params(axis="y", length=0)
         axes.grid(visible=False, axis="y")
         # centred on the figure: beside long names the axes are narrower than this
-        figure.supxlabel("seconds of the last process", fontsize="medium")
+        figure.supxlabel("seconds of all processes together", fontsize="medium")
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
         axes.locator_params(axis="x", nbins=5)
 
@@ -87,7 +87,7 @@ def _stages(stages: tuple[StageLine, ...]) -> Chart:
     return Chart(
         name="stage-times",
         title="Time by stage",
-        caption="The time includes starts and waiting for the device. A stage that was resumed took longer in all.",
+        caption="The time of all processes of a stage together, including starts and waiting for the device.",
         svg=draw("stage-times", f"Time by stage: {listed}", 0.9 + 0.24 * len(shown), paint),
         headings=("stage", "time", "tokens"),
         rows=tuple(

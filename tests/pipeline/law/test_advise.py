@@ -56,14 +56,27 @@ def test_a_fit_says_when_the_student_lies_outside_of_it_and_its_interval_widens(
     assert near.interval.high / near.interval.low > 1.5 * inside.interval.high / inside.interval.low
     longer = advise(3_000_000, 30_000_000_000, TEACHERS, fit).answers[0]
     assert longer.within_validity is False, "other tokens a parameter were not measured"
-    # students of 1M to 8M, with teachers of up to 32 x, and 2M tokens: 2 a parameter at most, and twice that is room
+    # students of 1M to 8M, with teachers of up to 32 x, and 2M tokens: 0.25 to 2 a parameter
     assert outside.outside[0] == "the student is 375 x the largest that was measured (8M)"
     assert outside.outside[1] == "teacher 7B is 27.3 x the largest that was measured (256M)"
-    assert longer.outside[0] == "tokens a parameter is 2,500 x the largest that was measured (4)"
+    assert longer.outside[0] == "tokens a parameter is 5,000 x the largest that was measured (2)"
     assert advise(3_000_000_000, 3_000_000_000, TEACHERS, fit).verdict.startswith("the fit does not apply: the student")
     assert advise(3_000_000_000, 126_000_000_000, TEACHERS).verdict.startswith("no fit of your own")
     published = advise(3_000, 126_000_000_000, TEACHERS).answers[1].outside
     assert published[0] == "the student is 47,700 x smaller than the smallest that was measured (143M)"
+
+
+def test_tokens_a_parameter_have_room_of_a_factor_of_two_and_are_named_as_measured(fit: LawFit) -> None:
+    # the fit has 0.25 to 2 tokens a parameter
+    for ratio, sentence in (
+        (0.12, "tokens a parameter is 2.08 x smaller than the smallest that was measured (0.25)"),
+        (0.13, None),
+        (3.9, None),
+        (4.1, "tokens a parameter is 2.05 x the largest that was measured (2)"),
+    ):
+        answer = advise(4_000_000, round(4_000_000 * ratio), [GivenTeacher("12M", 12e6)], fit).answers[0]
+        assert answer.outside == (() if sentence is None else (sentence,))
+        assert answer.within_validity == (sentence is None)
 
 
 def test_a_law_names_no_size_for_a_student_a_thousand_times_as_large(fit: LawFit) -> None:

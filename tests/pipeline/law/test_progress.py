@@ -22,7 +22,8 @@ from capgap.pipeline.plan import Stated
 from capgap.pipeline.stage.context import Instance
 from capgap.pipeline.stage.manifests import each_manifest_once, read_manifest
 from capgap.pipeline.workflow.carry_out import carry_out
-from capgap.schemas.law_grid import LawGrid
+from capgap.schemas.errors import MismatchError
+from capgap.schemas.law_grid import LawGrid, LawReuse
 from capgap.schemas.manifest import MANIFEST_NAME, Manifest
 
 SHAPE = {"hidden_size": 32, "num_layers": 1, "num_heads": 2, "intermediate_size": 32}
@@ -70,6 +71,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> LawGrid:
                 "sources": [str(folder / "texts")],
                 "vocab_size": 300,
                 "seq_len": 32,
+                "shard_sequences": 10,
                 "teacher_fraction": 0.3,
                 "heldout_fraction": 0.2,
             },
@@ -153,6 +155,33 @@ def test_a_supervised_cell_stays_with_the_cache_whose_text_it_has_read(
     begun, other = (jobs[f"students/s/supervised/seed-{seed}"] for seed in (0, 1))
     assert begun.needs == ("teachers/b",) and str(begun.run.reuse["cache"]).endswith("teachers/b/cache")
     assert other.needs == ("teachers/a",)
+
+
+def test_a_reused_cache_of_another_length_is_refused_before_anything_is_trained(
+    make_grid: Callable[[int], LawGrid],
+) -> None:
+    grid = make_grid(1)
+    there = {stage: {"b": f"{grid.out}/teachers/b/{stage.removesuffix('s')}"} for stage in ("teachers", "caches")}
+    reusing = grid.model_copy(update={"reuse": LawReuse(**there)})
+    assert GridProgress(reusing).cell_jobs()
+    # shards of 10 sequences of 32 tokens: the caches were made with 640 tokens, two shards
+    for max_tokens, expected in ((320, 320), (700, 960)):
+        other = reusing.model_copy(update={"cache": grid.cache.model_copy(update={"max_tokens": max_tokens})})
+        with pytest.raises(MismatchError, match=f"reuse.caches.b: .*found 640 tokens, expected {expected},"):
+            GridProgress(other)
+
+
+def test_a_plan_counts_no_training_that_is_finished_in_a_cell_that_is_not(
+    make_grid: Callable[[int], LawGrid], train: Callable[[Cell], None]
+) -> None:
+    grid = make_grid(2)
+    train(cell(grid, "s", "b", 0, TOKENS["s"]))
+    plan = plan_grid(grid, Stated(), num_workers=1)
+    left = {phase.phase: (phase.num_left, phase.num_runs) for phase in plan.phases}
+    # of each seed, the student alone and from two teachers; one is trained and not measured
+    assert left["students"] == (5, 6) and left["measurements"] == (6, 6)
+    assert plan.num_processes == 2 * 3 * 3 - 2
+    assert next(phase for phase in plan.phases if phase.phase == "students").tokens.value == 5 * 320
 
 
 def test_a_manifest_that_is_written_while_others_look_is_seen_by_the_next_look(

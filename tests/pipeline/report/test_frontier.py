@@ -17,6 +17,7 @@ from capgap.pipeline.report.frontier_charts import frontier_charts, published_ch
 from capgap.pipeline.report.gather import gather
 from capgap.pipeline.stage.context import StageContext, StageInput
 from capgap.schemas.results import RESULTS_NAME, EvalResults
+from capgap.schemas.run_file import RunFile
 
 LOSSES = {"cross_entropy": [3.53, 3.57], "distilled": [3.50, 3.52], "wasteful": [3.56, 3.56]}
 # of the finished folders that the fixture makes
@@ -130,6 +131,27 @@ def test_a_teacher_that_is_asked_itself_passes_over_what_the_student_reads(tmp_p
     context = make_context(tmp_path / "run", {"online": [3.5]}, train={"targets": "online"})
     _, online = frontier(context).models
     assert online.flops == 6 * STUDENT * TRAINED + 2 * TEACHER * TRAINED
+
+
+def with_rounds(context: StageContext) -> StageContext:
+    """The run with one round, whose text the teacher wrote: 1000 tokens of answers in a cache of 1500."""
+    rounds = {"prompts": ["prompts.jsonl"], "num": 1, "first_writer": "teacher"}
+    run = RunFile.model_validate(context.run.model_dump(exclude_unset=True) | {"rounds": rounds})
+    context = dataclasses.replace(context, run=run)
+    for name, totals in {"generate": {"answer_tokens": 1000}, "cache": {"num_tokens": 1500}}.items():
+        instance = f"{name}/round-0"
+        manifest = context.input("cache").manifest.model_copy(update={"instance": instance, "totals": totals})
+        made = StageInput(context.input("cache").path, manifest)
+        context = dataclasses.replace(context, inputs=context.inputs | {instance: made})
+    return context
+
+
+def test_text_that_the_teacher_wrote_costs_an_arm_without_its_targets_too(tmp_path: Path, make_context: Make) -> None:
+    losses = {"cross_entropy": [3.5], "distilled": [3.4]}
+    _, alone, distilled = frontier(with_rounds(make_context(tmp_path / "run", losses))).models
+    assert alone.flops == 6 * STUDENT * TRAINED + 2 * TEACHER * 1000
+    assert alone.flops_with_teacher == alone.flops + 6 * TEACHER * TAUGHT
+    assert distilled.flops == 6 * STUDENT * TRAINED + 2 * TEACHER * (1000 + 1500)
 
 
 def test_a_student_of_further_caches_has_no_cost_that_could_be_said(tmp_path: Path, make_context: Make) -> None:

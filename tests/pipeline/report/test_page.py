@@ -6,7 +6,10 @@ from html.parser import HTMLParser
 import pytest
 
 from capgap.pipeline.report import stage
+from capgap.pipeline.report.gather import gather
+from capgap.pipeline.report.opening import opening_figures
 from capgap.pipeline.report.stages import duration
+from capgap.pipeline.report.summary import RoundLine
 from capgap.schemas.results import RESULTS_NAME, EvalResults, ReliabilityBin
 
 ARMS = ("cross_entropy", "distilled", "mixed")
@@ -105,6 +108,15 @@ def test_stages_are_listed_with_identity_time_and_their_own_versions(page):
     assert any(text.endswith("All stages: python 3.11.2, torch 2.13.0.") for text in texts)
 
 
+def test_the_time_of_a_stage_is_said_to_be_that_of_all_its_processes(html, page):
+    text = " ".join(" ".join(page.texts).split())
+    assert "Time is that of all processes of a stage together" in text
+    assert "shows fewer than one process made" in text and "too high" not in text
+    assert "Tokens a second over the time of all processes of the stage together" in html
+    assert "The time of all processes of a stage together, including starts" in text
+    assert "seconds of all processes together" in text and "last process" not in html
+
+
 def test_samples_stand_side_by_side(page):
     texts = page.texts
     names = ["the text itself", "teacher", *ARMS]
@@ -154,6 +166,31 @@ def test_the_page_opens_with_figures_a_list_of_contents_and_where_it_was_made(ht
         assert f'href="#{part}"' in contents
     assert "Documents by length in tokens: 8 to 15: 2; 16 to 31: 0; 32 to 63: 7" in html
     assert 'title="Share of drafts that the teacher would accept' in html
+
+
+def test_a_run_with_rounds_opens_without_the_tokens_of_its_first_cache(tmp_path, make_context):
+    report = gather(make_context(tmp_path / "run", {"distilled": [3.5]}))
+    line = RoundLine(
+        arm="distilled",
+        seed=0,
+        round=0,
+        is_trained=True,
+        writer="teacher",
+        num_answers=1,
+        mean_tokens=1.0,
+        cut_off=0.0,
+        repetition=0.0,
+        entropy=1.0,
+        writer_kl=None,
+        right=None,
+        teacher_tokens_before=0,
+        teacher_tokens=1,
+        learnt=None,
+        staleness=None,
+    )
+    in_rounds = report.model_copy(update={"rounds": (line,)})
+    assert any(figure.name == "tokens read by the teacher" for figure in opening_figures(report))
+    assert not any(figure.name == "tokens read by the teacher" for figure in opening_figures(in_rounds))
 
 
 def test_what_others_published_is_on_a_page_of_its_own(html, tmp_path, make_context):
