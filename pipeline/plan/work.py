@@ -210,7 +210,7 @@ def work_of(
     heldout = splits["heldout"]
     seq_len = run.corpus.seq_len if text is None else next(iter(text.shard_sets.values())).seq_len
     sequences = None if heldout.value is None else min(run.eval.num_sequences, heldout.value // seq_len)
-    students = [state.manifest for state in known.values() if state.instance.stage == "student"]
+    student = _made_student(known)
     optimization = run.teacher.optimization
     teacher_tokens = (
         Figure(value=0, source="a given model is only checked")
@@ -222,9 +222,9 @@ def work_of(
         run=run,
         vocab_size=vocab_size,
         teacher=_teacher_size(run, known, vocab_size),
-        student=model_size(next(iter(students), None), run.student.path, run.student.model, vocab_size)
+        student=model_size(student, run.student.path, run.student.model, vocab_size)
         if run.student.prune is None
-        else pruned_size(next(iter(students), None), run.student.prune, run.teacher, vocab_size),
+        else pruned_size(student, run.student.prune, run.teacher, vocab_size),
         split_tokens=splits,
         cache_tokens=cached,
         student_tokens={arm: trained_tokens(run.train_settings(arm), cached) for arm in run.arms},
@@ -256,6 +256,12 @@ def finished(stage: ReusableStage, run: RunFile, known: dict[str, StageState]) -
         return reused_stage(run, stage)[1]
     state = known.get(stage)  # the run may not make this stage
     return state.manifest if state is not None and state.state is State.CURRENT else None
+
+
+def _made_student(known: dict[str, StageState]) -> Manifest | None:
+    """Return the manifest of a student that is current, of any seed; None where there is none."""
+    made = (one.manifest for one in known.values() if one.instance.stage == "student" and one.state is State.CURRENT)
+    return next(made, None)
 
 
 def _teacher_size(run: RunFile, known: dict[str, StageState], vocab_size: float | None) -> ModelSize:
