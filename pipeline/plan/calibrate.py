@@ -88,7 +88,8 @@ def calibrate(
     calibration = Calibration(
         device=kind,
         made=made,
-        resolved=redacted_values(run.model_dump(mode="json")),
+        # the kind of device that was found, where the run file says `auto`
+        resolved=redacted_values(run.model_dump(mode="json")) | {"device": device.partition(":")[0]},
         tokens_per_s={stage: _figure(stage, work, found, failed, where) for stage in unknown},
     )
     write_atomically(Path(run.out) / CALIBRATION_NAME, calibration.model_dump_json(indent=2) + "\n")

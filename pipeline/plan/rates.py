@@ -20,14 +20,16 @@ from capgap.schemas.run_file import RunFile
 STAGES_WITH_A_RATE = ("teacher", "cache", "train", "eval")
 CALIBRATION_NAME = "calibration.json"
 
+_OF_A_TRAINING = ("precision", "activation_checkpointing", "compile")
+
 # Settings of the resolved run file, by dotted name, that must be equal before another run's rate is used for this run.
 _SAME: dict[str, tuple[str, ...]] = {
     "teacher": (
         "teacher.path",
         "teacher.model",
-        "teacher.training.precision",
-        "teacher.adapt.precision",
+        *(f"teacher.{section}.{name}" for section in ("training", "adapt") for name in _OF_A_TRAINING),
         "corpus.seq_len",
+        "device",
     ),
     "cache": (
         "teacher.path",
@@ -39,10 +41,19 @@ _SAME: dict[str, tuple[str, ...]] = {
         "cache.tensor_parallel",
         "cache.replicas",
         "corpus.seq_len",
+        "device",
     ),
-    "train": ("student", "train.precision", "train.micro_batch_sequences", "train.batch_sequences", "corpus.seq_len"),
-    "eval": ("teacher.path", "teacher.model", "student", "corpus.seq_len"),
-    "student": ("teacher.path", "teacher.model", "student", "corpus.seq_len"),
+    "train": (
+        "student",
+        *(f"train.{name}" for name in _OF_A_TRAINING),
+        "train.micro_batch_sequences",
+        "train.batch_sequences",
+        "train.row_len",
+        "corpus.seq_len",
+        "device",
+    ),
+    "eval": ("teacher.path", "teacher.model", "student", "corpus.seq_len", "device"),
+    "student": ("teacher.path", "teacher.model", "student", "corpus.seq_len", "device"),
 }
 
 
@@ -93,10 +104,7 @@ def unlike_notes(run: RunFile, folders: Iterable[str], stages: Collection[str]) 
         found = [(stage, resolved) for stage, resolved in found if stage in stages]
         if any(_is_alike(stage, resolved, wanted) for stage, resolved in found):
             continue
-        differing = {
-            stage: [name for name in _SAME[stage] if _at(resolved, name) != _at(wanted, name)]
-            for stage, resolved in found
-        }
+        differing = {stage: _differing(stage, resolved, wanted) for stage, resolved in found}
         told = "; ".join(f"{stage}: different {', '.join(names)}" for stage, names in differing.items())
         notes.append(
             f"no rate of {folder} can be used for this run ({told or 'it has none of the stages that this run makes'})"
@@ -230,7 +238,17 @@ def _earlier(stage: str, work: RunWork, folders: Iterable[str], online: bool = F
 
 def _is_alike(stage: str, resolved: Any, wanted: Any) -> bool:
     """Return whether a rate measured with the settings `resolved` may be used for the settings `wanted`."""
-    return all(_at(resolved, name) == _at(wanted, name) for name in _SAME[stage])
+    return not _differing(stage, resolved, wanted)
+
+
+def _differing(stage: str, resolved: Any, wanted: Any) -> list[str]:
+    """Return the settings for which a rate measured with `resolved` says nothing of `wanted`."""
+    return [name for name in _SAME[stage] if not _fits(name, _at(resolved, name), _at(wanted, name))]
+
+
+def _fits(name: str, found: Any, wanted: Any) -> bool:
+    # `auto` can be a device of either kind
+    return found == wanted or (name == "device" and "auto" in (found, wanted))
 
 
 def _manifests(stage: str, folders: Iterable[str]) -> Iterator[tuple[Path, Manifest]]:
