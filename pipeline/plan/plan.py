@@ -143,7 +143,6 @@ def _laws(work: RunWork) -> tuple[Prediction, ...]:
 def _stage_plan(state: StageState, work: RunWork, stated: Stated) -> StagePlan:
     stage, arm = state.instance.stage, state.instance.arm
     rate, tokens = rate_of(stage, work, stated, arm), work.tokens(stage, arm)
-    num_devices = work.run.cache.num_devices if stage == "cache" else 1
     if state.state is State.CURRENT:
         hours = Figure(value=0, source="finished")
     elif tokens.value == 0 or stage == "corpus":
@@ -151,7 +150,7 @@ def _stage_plan(state: StageState, work: RunWork, stated: Stated) -> StagePlan:
     elif rate.value is None or tokens.value is None:
         hours = Figure(value=None, source=rate.source if rate.value is None else tokens.source)
     else:
-        hours = Figure(value=tokens.value / rate.value * num_devices / 3600, source=rate.source)
+        hours = Figure(value=tokens.value / rate.value * work.num_devices(stage, arm) / 3600, source=rate.source)
     return StagePlan(
         instance=state.instance.name,
         state=str(state.state),

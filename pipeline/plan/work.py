@@ -97,6 +97,13 @@ class RunWork:
             case _:
                 return None
 
+    def num_devices(self, stage: str, arm: str | None = None) -> int:
+        """Return the number of devices whose work a rate of the stage is: those of one engine, or of one training."""
+        if stage == "cache":
+            return self.run.cache.num_devices
+        settings = self.training(stage, arm)
+        return 1 if settings is None else settings.num_devices
+
     def tokens(self, stage: str, arm: str | None = None) -> Figure:
         """Return the tokens that one instance of the stage works on.
 
