@@ -18,8 +18,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 from page_tables import Row, with_tables
 
 from capgap.pipeline.plan.measured import cache_bytes_per_token
-from capgap.pipeline.plan.work import CHECKPOINT_BYTES, CHECKPOINTS
+from capgap.pipeline.plan.sizes import checkpoint_bytes, num_checkpoints
 from capgap.schemas.run_cache import CacheSettings
+from capgap.schemas.run_optimization import OptimizationSettings
 
 PAGE = Path(__file__).parents[1] / "docs" / "sizes.md"
 
@@ -74,9 +75,10 @@ def _student() -> list[Row]:
         ),
         ("---", *["---:"] * 5),
     ]
+    usual = OptimizationSettings()
     for name, size in STUDENTS.items():
         wide, narrow = (size * _HELD * each / 1e9 for each in _WEIGHT_BYTES.values())
-        scratch = size * CHECKPOINT_BYTES * CHECKPOINTS / 1e9
+        scratch = size * checkpoint_bytes(usual) * num_checkpoints(usual) / 1e9
         rows.append((name, *(f"{gb:,.1f}" for gb in (wide, wide / 8, narrow, size * 4 / 1e9, scratch))))
     return rows
 

@@ -68,7 +68,10 @@ def add_speed_flags(parser: Parser) -> None:
     """Add the flags by which the user states how fast a stage is; `stated_speed` reads them."""
     for flag, help_text in (
         ("--teacher-tokens-per-s", "Rate at which one engine scores, if no earlier run has measured it."),
-        ("--train-tokens-per-s", "Rate of one student's training, if no earlier run has measured it."),
+        (
+            "--train-tokens-per-s",
+            "Rate of one student's training on all its devices, if no earlier run measured it.",
+        ),
         ("--device-peak-tflops", "Peak of one device, in 10^12 operations per second; with --mfu."),
         ("--mfu", "Share of that peak that is used; with --device-peak-tflops."),
     ):

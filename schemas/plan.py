@@ -103,7 +103,8 @@ class Calibration(Record):
     """Time of the measurement, in ISO 8601."""
 
     resolved: dict[str, JsonValue]
-    """The run file with its flags. A rate is used only if the settings that affect it are unchanged."""
+    """The run file with its flags, and the kind of device in place of `auto`. A rate is used only if the settings that
+    affect it are unchanged."""
 
     tokens_per_s: dict[str, Figure]
     """Tokens per second by stage; without a number, why it could not be measured."""

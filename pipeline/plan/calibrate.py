@@ -88,8 +88,9 @@ def calibrate(
     calibration = Calibration(
         device=kind,
         made=made,
-        resolved=redacted_values(run.model_dump(mode="json")),
-        tokens_per_s={stage: _figure(stage, work, found, failed, where) for stage in unknown},
+        # the kind of device that was found, where the run file says `auto`
+        resolved=redacted_values(run.model_dump(mode="json")) | {"device": device.partition(":")[0]},
+        tokens_per_s={stage: probed_figure(stage, work, found, failed, where) for stage in unknown},
     )
     write_atomically(Path(run.out) / CALIBRATION_NAME, calibration.model_dump_json(indent=2) + "\n")
     return calibration
@@ -153,7 +154,16 @@ def _in_own_process(work: Callable[[Probe], dict[str, Rate]], probe: Probe) -> d
         return pool.submit(work, probe).result()
 
 
-def _figure(stage: str, work: RunWork, found: dict[str, Rate], failed: dict[str, str], where: str) -> Figure:
+def probed_figure(stage: str, work: RunWork, found: dict[str, Rate], failed: dict[str, str], where: str) -> Figure:
+    """Return the tokens/s of a stage from the probes' rates, on all its devices, or why there is none.
+
+    Args:
+        stage: The stage.
+        work: What the run has to do.
+        found: Rates by name.
+        failed: Why a probe failed, by the probe's name.
+        where: Device and date of the probes, in words.
+    """
     if stage == "eval":
         return _eval_figure(work, found, failed, where)
     name = "student" if stage == "train" else stage
@@ -162,7 +172,11 @@ def _figure(stage: str, work: RunWork, found: dict[str, Rate], failed: dict[str,
         why = failed.get(name, "the teacher is served elsewhere" if stage == "cache" else "it is not run")
         return Figure(value=None, source=f"could not be probed: {why}")
     source = f"probed: {rate.num_tokens:,} tokens in {rate.took_s:.2f} s {where}"
-    return Figure(value=rate.tokens_per_s, source=source)
+    # an engine is probed on all its devices, a training on one
+    num_devices = 1 if stage == "cache" else work.num_devices(stage)
+    if num_devices > 1:
+        source += f", times {num_devices} devices"
+    return Figure(value=rate.tokens_per_s * num_devices, source=source)
 
 
 def _eval_figure(work: RunWork, found: dict[str, Rate], failed: dict[str, str], where: str) -> Figure:
@@ -171,7 +185,8 @@ def _eval_figure(work: RunWork, found: dict[str, Rate], failed: dict[str, str], 
     num_teachers = work.num_models - num_students
     wanted = {"student": num_students} | ({"forward": num_teachers} if num_teachers else {})
     if any(name not in found for name in wanted):
-        why = "; ".join(failed.values()) or "the teacher is served elsewhere"
+        probes = ["student"] + (["teacher"] if num_teachers else [])
+        why = "; ".join(failed[name] for name in probes if name in failed) or "the teacher is served elsewhere"
         return Figure(value=None, source=f"could not be probed: {why}")
     each_s = sum(number / found[name].tokens_per_s for name, number in wanted.items())
     return Figure(value=work.num_models / each_s, source=f"probed: forward passes alone, {where}")

@@ -14,6 +14,7 @@ from capgap.pipeline.plan.predictions import gap_prediction, scaling_prediction
 from capgap.pipeline.plan.published import GivenTeacher
 from capgap.pipeline.plan.rates import Stated, rate_of, unlike_notes
 from capgap.pipeline.plan.room import nearest_folder
+from capgap.pipeline.plan.sizes import weight_bytes
 from capgap.pipeline.plan.work import RunWork, finished, work_of
 from capgap.pipeline.stage.manifests import each_manifest_once
 from capgap.pipeline.workflow.state import StageState, State, states
@@ -92,7 +93,7 @@ def _memory_at_few_bits(work: RunWork) -> list[str]:
     run, size = work.run, work.student
     if run.student.quantize is None or not run.makes("train") or size.total is None or size.outside_embedding is None:
         return []
-    width = 2 if run.train.precision == "bf16-true" else 4
+    width = weight_bytes(run.train)
     trained = 4 * width * size.total
     head = (size.total - size.outside_embedding) / (1 if size.tied else 2) if run.student.quantize.head else 0
     rounded = width * (head + (0 if run.train.activation_checkpointing else size.outside_embedding))
@@ -142,7 +143,6 @@ def _laws(work: RunWork) -> tuple[Prediction, ...]:
 def _stage_plan(state: StageState, work: RunWork, stated: Stated) -> StagePlan:
     stage, arm = state.instance.stage, state.instance.arm
     rate, tokens = rate_of(stage, work, stated, arm), work.tokens(stage, arm)
-    num_devices = work.run.cache.num_devices if stage == "cache" else 1
     if state.state is State.CURRENT:
         hours = Figure(value=0, source="finished")
     elif tokens.value == 0 or stage == "corpus":
@@ -150,12 +150,12 @@ def _stage_plan(state: StageState, work: RunWork, stated: Stated) -> StagePlan:
     elif rate.value is None or tokens.value is None:
         hours = Figure(value=None, source=rate.source if rate.value is None else tokens.source)
     else:
-        hours = Figure(value=tokens.value / rate.value * num_devices / 3600, source=rate.source)
+        hours = Figure(value=tokens.value / rate.value * work.num_devices(stage, arm) / 3600, source=rate.source)
     return StagePlan(
         instance=state.instance.name,
         state=str(state.state),
         tokens=tokens,
-        disk_bytes=work.disk_bytes(stage),
+        disk_bytes=work.disk_bytes(stage, arm),
         scratch_bytes=work.scratch_bytes(stage, arm),
         tokens_per_s=rate,
         device_hours=hours,

@@ -35,7 +35,7 @@ class PublishedLaw:
         source: The paper.
         validity: What it was measured on, in words.
         min_student, max_student: Smallest and largest student, in parameters.
-        max_teacher: Largest teacher, in parameters.
+        min_teacher, max_teacher: Smallest and largest teacher, in parameters.
         min_tokens, max_tokens: Fewest and most tokens that a student was trained on; None where the law does not depend
             on tokens.
     """
@@ -45,6 +45,7 @@ class PublishedLaw:
     validity: str
     min_student: float
     max_student: float
+    min_teacher: float
     max_teacher: float
     min_tokens: float | None = None
     max_tokens: float | None = None
@@ -53,7 +54,7 @@ class PublishedLaw:
         """Return whether the student's size, its tokens and the teachers' sizes lie within the measured range."""
         return (
             self.min_student <= student <= self.max_student
-            and all(teacher <= self.max_teacher for teacher in teachers)
+            and all(self.min_teacher <= teacher <= self.max_teacher for teacher in teachers)
             and (self.min_tokens is None or tokens >= self.min_tokens)
             and (self.max_tokens is None or tokens <= self.max_tokens)
         )
@@ -81,6 +82,7 @@ CAPACITY_GAP = PublishedLaw(
     "7B, 13B and 70B): as much a law of how far to prune as of which teacher to choose; does not depend on tokens",
     min_student=28e6,
     max_student=3.02e9,
+    min_teacher=70e6,
     max_teacher=70e9,
 )
 """At the law's best size, a student has about 0.4 of its teacher's parameters."""
@@ -93,6 +95,7 @@ DISTILLATION_SCALING = PublishedLaw(
     "were not",
     min_student=143e6,
     max_student=12.6e9,
+    min_teacher=143e6,
     max_teacher=12.6e9,
     min_tokens=4e9,
     max_tokens=512e9,

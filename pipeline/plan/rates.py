@@ -20,14 +20,16 @@ from capgap.schemas.run_file import RunFile
 STAGES_WITH_A_RATE = ("teacher", "cache", "train", "eval")
 CALIBRATION_NAME = "calibration.json"
 
+_OF_A_TRAINING = ("precision", "num_devices", "activation_checkpointing", "compile")
+
 # Settings of the resolved run file, by dotted name, that must be equal before another run's rate is used for this run.
 _SAME: dict[str, tuple[str, ...]] = {
     "teacher": (
         "teacher.path",
         "teacher.model",
-        "teacher.training.precision",
-        "teacher.adapt.precision",
+        *(f"teacher.{section}.{name}" for section in ("training", "adapt") for name in _OF_A_TRAINING),
         "corpus.seq_len",
+        "device",
     ),
     "cache": (
         "teacher.path",
@@ -39,10 +41,19 @@ _SAME: dict[str, tuple[str, ...]] = {
         "cache.tensor_parallel",
         "cache.replicas",
         "corpus.seq_len",
+        "device",
     ),
-    "train": ("student", "train.precision", "train.micro_batch_sequences", "train.batch_sequences", "corpus.seq_len"),
-    "eval": ("teacher.path", "teacher.model", "student", "corpus.seq_len"),
-    "student": ("teacher.path", "teacher.model", "student", "corpus.seq_len"),
+    "train": (
+        "student",
+        *(f"train.{name}" for name in _OF_A_TRAINING),
+        "train.micro_batch_sequences",
+        "train.batch_sequences",
+        "train.row_len",
+        "corpus.seq_len",
+        "device",
+    ),
+    "eval": ("teacher.path", "teacher.model", "student", "corpus.seq_len", "device"),
+    "student": ("teacher.path", "teacher.model", "student", "corpus.seq_len", "device"),
 }
 
 
@@ -52,9 +63,9 @@ class Stated:
 
     Attributes:
         teacher_tokens_per_s: Tokens/s of one engine of the cache stage.
-        train_tokens_per_s: Tokens/s of one student's training.
-        online_teacher_tokens_per_s: Tokens/s of a teacher that only scores, beside a student that trains; None for the
-            rate of the cache stage.
+        train_tokens_per_s: Tokens/s of one student's training on all its devices together.
+        online_teacher_tokens_per_s: Tokens/s of a teacher that only scores, beside a student that trains, on all
+            devices of the training together; None for the rate of the cache stage.
         device_peak_tflops: Peak of one device, in 10^12 operations per second.
         mfu: Share of that peak which is used, above 0 and at most 1.
         like: Folders of finished runs whose rates may be used.
@@ -93,10 +104,7 @@ def unlike_notes(run: RunFile, folders: Iterable[str], stages: Collection[str]) 
         found = [(stage, resolved) for stage, resolved in found if stage in stages]
         if any(_is_alike(stage, resolved, wanted) for stage, resolved in found):
             continue
-        differing = {
-            stage: [name for name in _SAME[stage] if _at(resolved, name) != _at(wanted, name)]
-            for stage, resolved in found
-        }
+        differing = {stage: _differing(stage, resolved, wanted) for stage, resolved in found}
         told = "; ".join(f"{stage}: different {', '.join(names)}" for stage, names in differing.items())
         notes.append(
             f"no rate of {folder} can be used for this run ({told or 'it has none of the stages that this run makes'})"
@@ -105,7 +113,7 @@ def unlike_notes(run: RunFile, folders: Iterable[str], stages: Collection[str]) 
 
 
 def rate_of(stage: str, work: RunWork, stated: Stated, arm: str | None = None) -> Figure:
-    """Return the tokens/s of one engine or training, from the first source that has it.
+    """Return the tokens/s of one engine or training on all its devices, from the first source that has it.
 
     Args:
         stage: The stage whose rate is wanted.
@@ -131,18 +139,27 @@ def _rate_beside_the_teacher(work: RunWork, stated: Stated, arm: str | None) -> 
     earlier = _earlier("train", work, [work.run.out, *stated.like], online=True)
     if earlier is not None:
         return earlier
-    student, teacher = _found("train", work, stated)[0], _beside_a_student(work, stated)
+    student, teacher = _found("train", work, stated)[0], _beside_a_student(work, stated, arm)
     if student is None or student.value is None or teacher is None or teacher.value is None:
         return _computed("train", work, stated, arm, "")
     source = f"a student at {student.value:,.0f} tokens/s ({student.source}) and the teacher at {teacher.value:,.0f}"
     return Figure(value=1 / (1 / student.value + 1 / teacher.value), source=f"{source} ({teacher.source}), in turn")
 
 
-def _beside_a_student(work: RunWork, stated: Stated) -> Figure | None:
-    """Return the tokens/s of a teacher that only scores beside a student: stated, or its rate in the cache stage."""
+def _beside_a_student(work: RunWork, stated: Stated, arm: str | None) -> Figure | None:
+    """Return the tokens/s of a teacher that only scores beside a student: stated, or its rate in the cache stage.
+
+    The rate in the cache stage is taken for as many devices as the training has.
+    """
     if stated.online_teacher_tokens_per_s is not None:
         return Figure(value=stated.online_teacher_tokens_per_s, source="stated")
-    return _found("cache", work, stated)[0]
+    engine = _found("cache", work, stated)[0]
+    of_engine, of_training = work.num_devices("cache"), work.num_devices("train", arm)
+    # a teacher that is served elsewhere has no devices here
+    if engine is None or engine.value is None or of_engine in (0, of_training):
+        return engine
+    source = f"{engine.source}, on {of_training} devices instead of {of_engine}"
+    return Figure(value=engine.value * of_training / of_engine, source=source)
 
 
 def _found(stage: str, work: RunWork, stated: Stated) -> tuple[Figure | None, str]:
@@ -164,9 +181,8 @@ def _computed(stage: str, work: RunWork, stated: Stated, arm: str | None, why: s
     if stated.device_peak_tflops is None or stated.mfu is None or operations is None or not tokens:
         return Figure(value=None, source=why + _missing(stage, operations is not None, work.asks_the_teacher(arm)))
     rate = stated.device_peak_tflops * 1e12 * stated.mfu / (operations / tokens)
-    num_devices = work.run.cache.num_devices if stage == "cache" else 1
     source = f"{operations / tokens:.3g} operations a token at {stated.mfu:g} of {stated.device_peak_tflops:g} TFLOP/s"
-    return Figure(value=rate * num_devices, source=source)
+    return Figure(value=rate * work.num_devices(stage, arm), source=source)
 
 
 def stated_or_measured(stage: str, work: RunWork, stated: Stated) -> Figure | None:
@@ -230,7 +246,17 @@ def _earlier(stage: str, work: RunWork, folders: Iterable[str], online: bool = F
 
 def _is_alike(stage: str, resolved: Any, wanted: Any) -> bool:
     """Return whether a rate measured with the settings `resolved` may be used for the settings `wanted`."""
-    return all(_at(resolved, name) == _at(wanted, name) for name in _SAME[stage])
+    return not _differing(stage, resolved, wanted)
+
+
+def _differing(stage: str, resolved: Any, wanted: Any) -> list[str]:
+    """Return the settings for which a rate measured with `resolved` says nothing of `wanted`."""
+    return [name for name in _SAME[stage] if not _fits(name, _at(resolved, name), _at(wanted, name))]
+
+
+def _fits(name: str, found: Any, wanted: Any) -> bool:
+    # `auto` can be a device of either kind
+    return found == wanted or (name == "device" and "auto" in (found, wanted))
 
 
 def _manifests(stage: str, folders: Iterable[str]) -> Iterator[tuple[Path, Manifest]]:

@@ -76,11 +76,9 @@ def _parts(work: RunWork, known: RunStates, coming: Sequence[Instance]) -> Itera
     """Yield the bytes that each stage will add to its folder, and the largest scratch, as stages run one at a time."""
     scratch = 0.0
     for instance in coming:
-        yield (
-            instance.name,
-            max((work.disk_bytes(instance.stage).value or 0) - _held_bytes(known.of(instance.name).folder), 0),
-        )
-        scratch = max(scratch, work.scratch_bytes(instance.stage).value or 0)
+        whole = work.disk_bytes(instance.stage, instance.arm).value or 0
+        yield instance.name, max(whole - _held_bytes(known.of(instance.name).folder), 0)
+        scratch = max(scratch, work.scratch_bytes(instance.stage, instance.arm).value or 0)
     yield "the scratch of one stage", scratch
 
 

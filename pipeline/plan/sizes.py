@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from capgap.pipeline.student.shapes import shape_of, target_shape, teacher_config
 from capgap.schemas.errors import CapgapError
@@ -10,10 +11,13 @@ from capgap.schemas.facts import ModelFacts
 from capgap.schemas.manifest import Manifest
 from capgap.schemas.plan import Figure
 from capgap.schemas.run_model import ModelShape, TeacherSettings
+from capgap.schemas.run_optimization import OptimizationSettings
 from capgap.schemas.run_prune import PruneSettings
 from capgap.schemas.run_quantize import QuantizeSettings
 
-_FLOAT32_BYTES = 4
+_FLOAT32_BYTES, _BFLOAT16_BYTES = 4, 2
+# a checkpoint holds the weights and AdamW's two moments, each in the dtype of the weights
+_IN_A_CHECKPOINT = 3
 
 
 @dataclass(frozen=True)
@@ -25,22 +29,19 @@ class ModelSize:
         outside_embedding: Number of parameters without embedding and head; None where it is not known.
         where: What the parameters were counted from, or why they are not known.
         tied: Whether embedding and head are one matrix; assumed to be true where that is not known.
+        weight_bytes: Bytes of one weight as the model is saved before it is trained.
     """
 
     total: float | None
     outside_embedding: float | None
     where: str
     tied: bool = True
+    weight_bytes: int = _FLOAT32_BYTES
 
     @property
     def figure(self) -> Figure:
         """All parameters, with the source of their number."""
         return Figure(value=self.total, source=self.where)
-
-    @property
-    def saved_bytes(self) -> float | None:
-        """Bytes of the model's weights as float32 safetensors."""
-        return None if self.total is None else self.total * _FLOAT32_BYTES
 
     def packed_bytes(self, settings: QuantizeSettings) -> float | None:
         """Return the bytes of the served weights: quantised linear layers, and 16 bits for all other weights."""
@@ -54,13 +55,30 @@ class ModelSize:
         return one * sum(each) + self.outside_embedding * few
 
 
+def weight_bytes(settings: OptimizationSettings) -> int:
+    """Return the bytes of one weight while it is trained with these settings, and as it is saved afterwards."""
+    return _BFLOAT16_BYTES if settings.precision == "bf16-true" else _FLOAT32_BYTES
+
+
+def checkpoint_bytes(settings: OptimizationSettings) -> int:
+    """Return the bytes of one checkpoint of a training, for each parameter."""
+    return _IN_A_CHECKPOINT * weight_bytes(settings)
+
+
+def num_checkpoints(settings: OptimizationSettings) -> int:
+    """Return the largest number of checkpoints on the disk: those that are kept, and the next while it is written."""
+    return settings.keep_checkpoints + 1
+
+
 def model_size(
     manifest: Manifest | None, path: str | None, shape: ModelShape | None, vocab_size: float | None
 ) -> ModelSize:
     """Return the size of a finished stage's model, a given model, or a shape: the first of these that is not None."""
     if manifest is not None and "num_parameters" in manifest.facts:
         facts = ModelFacts.model_validate(manifest.facts)
-        return ModelSize(facts.num_parameters, facts.num_non_embedding_parameters, "its manifest")
+        held = _weight_bytes_in(manifest, facts.num_parameters)
+        sizes = facts.num_parameters, facts.num_non_embedding_parameters
+        return ModelSize(*sizes, "its manifest", weight_bytes=held)
     if path is not None:
         from capgap.pipeline.models.configs import load_config
         from capgap.pipeline.models.load import model_facts
@@ -72,7 +90,8 @@ def model_size(
         except CapgapError as error:
             return ModelSize(None, None, f"cannot be counted: {error}")
         sizes = facts.num_parameters, facts.num_non_embedding_parameters
-        return ModelSize(*sizes, f"the configuration of {path}", bool(config.tie_word_embeddings))
+        tied = bool(config.tie_word_embeddings)
+        return ModelSize(*sizes, f"the configuration of {path}", tied, _weight_bytes_of(config))
     if shape is not None:
         outside = shape_parameters(shape)
         if vocab_size is None:
@@ -102,7 +121,8 @@ def pruned_size(
     total = sum(p.numel() for p in model.parameters())
     ends = {model.get_input_embeddings().weight, model.get_output_embeddings().weight}
     outside = total - sum(end.numel() for end in ends)
-    return ModelSize(total, outside, "the teacher's configuration, pruned", tied=len(ends) == 1)
+    held = _weight_bytes_of(config) if teacher.optimization is None else weight_bytes(teacher.optimization)
+    return ModelSize(total, outside, "the teacher's configuration, pruned", len(ends) == 1, held)
 
 
 def shape_parameters(shape: ModelShape) -> int:
@@ -113,3 +133,16 @@ def shape_parameters(shape: ModelShape) -> int:
     feed_forward = 3 * width * shape.intermediate_size
     norms = 2 * width
     return shape.num_layers * (attention + feed_forward + norms) + width
+
+
+def _weight_bytes_of(config: Any) -> int:
+    """Return the bytes of one weight in the dtype that a model's configuration names; those of float32 without one."""
+    return _FLOAT32_BYTES if config.dtype is None else int(config.dtype.itemsize)
+
+
+def _weight_bytes_in(manifest: Manifest, num_parameters: int) -> int:
+    """Return the bytes of one weight in the files that a stage has saved; those of float32 where it has saved none."""
+    saved = [file for file in manifest.files if file.path.endswith(".safetensors")]
+    # the folder `model` of a student of few bits holds the packed weights
+    plain = [file for file in saved if file.path.startswith("high_precision/")] or saved
+    return round(sum(file.num_bytes for file in plain) / num_parameters) or _FLOAT32_BYTES

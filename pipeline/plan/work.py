@@ -6,7 +6,14 @@ from dataclasses import dataclass
 
 from capgap.pipeline.plan.judging import answer_tokens
 from capgap.pipeline.plan.measured import cache_bytes_per_token, corpus_bytes_per_token
-from capgap.pipeline.plan.sizes import ModelSize, model_size, pruned_size
+from capgap.pipeline.plan.sizes import (
+    ModelSize,
+    checkpoint_bytes,
+    model_size,
+    num_checkpoints,
+    pruned_size,
+    weight_bytes,
+)
 from capgap.pipeline.plan.tokens import cache_tokens, split_tokens, trained_tokens, vocab_size_of, written_tokens
 from capgap.pipeline.stage.manifests import Finished, finished_stage
 from capgap.pipeline.teacher.trained import training_tokens
@@ -14,11 +21,9 @@ from capgap.pipeline.workflow.state import StageState, State
 from capgap.schemas.manifest import Manifest
 from capgap.schemas.plan import Figure
 from capgap.schemas.run_file import RunFile
+from capgap.schemas.run_optimization import OptimizationSettings
 from capgap.schemas.run_sections import ReusableStage
 
-# A checkpoint holds weights and two moments in float32; two are kept while the third is written.
-CHECKPOINT_BYTES, CHECKPOINTS = 12, 3
-_CHECKPOINTS_WORDS = f"{CHECKPOINTS} checkpoints of {CHECKPOINT_BYTES} bytes a parameter"
 _FLOAT32_BYTES = 4
 
 _NOT_PLANNED = Figure(value=None, source="`capgap plan` does not know this stage")
@@ -80,6 +85,25 @@ class RunWork:
         """Return whether a training of that arm asks the teacher online."""
         return arm is not None and self.run.train_settings(arm).needs_teacher
 
+    def training(self, stage: str, arm: str | None = None) -> OptimizationSettings | None:
+        """Return the settings of the stage's training, those of the section without an arm; None if none is done."""
+        match stage:
+            case "teacher":
+                return self.run.teacher.optimization
+            case "train":
+                return self.run.train if arm is None else self.run.train_settings(arm)
+            case "tune":
+                return self.run.tune
+            case _:
+                return None
+
+    def num_devices(self, stage: str, arm: str | None = None) -> int:
+        """Return the number of devices whose work a rate of the stage is: those of one engine, or of one training."""
+        if stage == "cache":
+            return self.run.cache.num_devices
+        settings = self.training(stage, arm)
+        return 1 if settings is None else settings.num_devices
+
     def tokens(self, stage: str, arm: str | None = None) -> Figure:
         """Return the tokens that one instance of the stage works on.
 
@@ -114,7 +138,7 @@ class RunWork:
             case _:
                 return _NOT_PLANNED
 
-    def disk_bytes(self, stage: str) -> Figure:
+    def disk_bytes(self, stage: str, arm: str | None = None) -> Figure:
         """Return the bytes of one finished folder of the stage."""
         match stage:
             case "corpus":
@@ -128,7 +152,9 @@ class RunWork:
             case "teacher" | "student" | "train" | "tune":
                 size = self.teacher if stage == "teacher" else self.student
                 few = self.run.student.quantize if stage != "teacher" else None
-                value, how = size.saved_bytes, "4 bytes a parameter"
+                settings = self.training(stage, arm)
+                each = size.weight_bytes if settings is None else weight_bytes(settings)
+                value, how = None if size.total is None else size.total * each, f"{each} bytes a parameter"
                 if few is not None and value is not None:
                     value += size.packed_bytes(few) or 0
                     how += f" and its {few.format} beside it"
@@ -146,9 +172,11 @@ class RunWork:
             case "teacher" if self.run.teacher.optimization is None:
                 return Figure(value=0, source="none")
             case "teacher" | "train" | "tune":
-                size = self.teacher if stage == "teacher" else self.student
-                value = None if size.total is None else size.total * CHECKPOINT_BYTES * CHECKPOINTS
-                return Figure(value=value, source=_CHECKPOINTS_WORDS)
+                size, settings = self.teacher if stage == "teacher" else self.student, self.training(stage, arm)
+                assert settings is not None
+                number, each = num_checkpoints(settings), checkpoint_bytes(settings)
+                value = None if size.total is None else size.total * each * number
+                return Figure(value=value, source=f"{number} checkpoints of {each} bytes a parameter")
             case "eval":
                 rows = self._measured_teachers * self.run.eval.num_full_sequences * self.run.corpus.seq_len
                 value = None if self.vocab_size is None else rows * self.vocab_size * _FLOAT32_BYTES
@@ -210,7 +238,7 @@ def work_of(
     heldout = splits["heldout"]
     seq_len = run.corpus.seq_len if text is None else next(iter(text.shard_sets.values())).seq_len
     sequences = None if heldout.value is None else min(run.eval.num_sequences, heldout.value // seq_len)
-    students = [state.manifest for state in known.values() if state.instance.stage == "student"]
+    student = _made_student(known)
     optimization = run.teacher.optimization
     teacher_tokens = (
         Figure(value=0, source="a given model is only checked")
@@ -222,9 +250,9 @@ def work_of(
         run=run,
         vocab_size=vocab_size,
         teacher=_teacher_size(run, known, vocab_size),
-        student=model_size(next(iter(students), None), run.student.path, run.student.model, vocab_size)
+        student=model_size(student, run.student.path, run.student.model, vocab_size)
         if run.student.prune is None
-        else pruned_size(next(iter(students), None), run.student.prune, run.teacher, vocab_size),
+        else pruned_size(student, run.student.prune, run.teacher, vocab_size),
         split_tokens=splits,
         cache_tokens=cached,
         student_tokens={arm: trained_tokens(run.train_settings(arm), cached) for arm in run.arms},
@@ -256,6 +284,12 @@ def finished(stage: ReusableStage, run: RunFile, known: dict[str, StageState]) -
         return reused_stage(run, stage)[1]
     state = known.get(stage)  # the run may not make this stage
     return state.manifest if state is not None and state.state is State.CURRENT else None
+
+
+def _made_student(known: dict[str, StageState]) -> Manifest | None:
+    """Return the manifest of a student that is current, of any seed; None where there is none."""
+    made = (one.manifest for one in known.values() if one.instance.stage == "student" and one.state is State.CURRENT)
+    return next(made, None)
 
 
 def _teacher_size(run: RunFile, known: dict[str, StageState], vocab_size: float | None) -> ModelSize:

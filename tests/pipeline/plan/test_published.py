@@ -9,8 +9,11 @@ import pytest
 
 from capgap.pipeline.plan.costs import paper_flops, training_flops
 from capgap.pipeline.plan.published import (
+    CAPACITY_GAP,
+    DISTILLATION_SCALING,
     LOOKED_AT,
     NEAR,
+    PublishedLaw,
     distilled_loss,
     gap_best_teacher,
     scaling_best_teacher,
@@ -150,3 +153,9 @@ def test_the_loss_has_one_valley_over_what_is_looked_at() -> None:
             ]
             rises = np.diff(losses) > 0
             assert np.count_nonzero(np.diff(rises)) <= 1 and not (rises[0] and not rises[-1])
+
+
+@pytest.mark.parametrize(("law", "smallest"), [(CAPACITY_GAP, 70e6), (DISTILLATION_SCALING, 143e6)])
+def test_a_teacher_smaller_than_any_that_was_measured_is_outside_the_range(law: PublishedLaw, smallest: float) -> None:
+    assert law.covers(200e6, 4e9, [smallest])
+    assert not law.covers(200e6, 4e9, [1e9, smallest - 1])
