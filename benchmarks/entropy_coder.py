@@ -217,10 +217,6 @@ class Coder:
             1e9 / _speed(lambda: _stream().queue.RangeDecoder(words).decode(model, 100_000), 100_000, repeats), 1
         )
 
-    def _by_context(self, symbols: list[Array], contexts: list[Array], num_contexts: int, size: int) -> list[Any]:
-        symbols_D, contexts_D = np.concatenate(symbols), np.concatenate(contexts)
-        return [self._categorical(symbols_D[contexts_D == context], size) for context in range(num_contexts)]
-
     def _categorical(self, symbols: Array, size: int) -> Any:
         shares = np.bincount(symbols, minlength=size)[:size] + 0.05
         return self._model.Categorical((shares / shares.sum()).astype(np.float32), perfect=False)

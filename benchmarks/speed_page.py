@@ -125,16 +125,6 @@ def _before() -> list[Row]:
     return rows
 
 
-def _figures(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    milliseconds, ratios = ([one[name] for one in (old, new)] for name in ("ms", "ratio"))
-    megabytes = [one["peak_mb"] for one in (old, new)]
-    return (
-        [f"{one:,.0f}" for one in milliseconds]
-        + [f"{one:.3f}" for one in ratios]
-        + [f"{one:,.0f}" for one in megabytes]
-    )
-
-
 def _loss() -> list[Row]:
     """Return the table of the loss alone, forward and backward, at every shape."""
     rows: list[Row] = [

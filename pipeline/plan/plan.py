@@ -80,7 +80,7 @@ def _make_plan(run: RunFile, stated: Stated, text_bytes_per_token: float | None)
         stages=tuple(stages),
         needed_bytes=_needed(open_stages),
         free_bytes=shutil.disk_usage(nearest_folder(Path(run.out))).free,
-        device_hours=_total((s.instance, s.device_hours) for s in open_stages if _has_model(s)),
+        device_hours=_total((s.instance, s.device_hours) for s in open_stages),
         num_students=work.num_cache_students,
         break_even=break_even(work, rate_of("cache", work, stated), stated.online_teacher_tokens_per_s),
         laws=_laws(work),
@@ -173,10 +173,6 @@ def _reused(stage: str, work: RunWork) -> StagePlan:
         tokens_per_s=Figure(value=None, source="reused"),
         device_hours=nothing,
     )
-
-
-def _has_model(stage: StagePlan) -> bool:
-    return stage.device_hours.source != "no model is run"
 
 
 def _needed(open_stages: list[StagePlan]) -> Figure:
