@@ -141,8 +141,8 @@ class GridWork:
         rate = rate_of(stage, work, stated)
         if rate.value is None or tokens.value is None:
             return Figure(value=None, source=rate.source if rate.value is None else tokens.source)
-        devices = work.run.cache.num_devices if stage == "cache" else 1
-        return Figure(value=tokens.value / rate.value * devices / 3600, source=rate.source)
+        hours = tokens.value / rate.value / 3600
+        return Figure(value=hours * work.num_devices(stage), source=rate.source)
 
     def _measured(self) -> Iterable[str]:
         """Return the folders of the grid's own runs; rates can be read from the finished ones."""
