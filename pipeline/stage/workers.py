@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import pickle
 import signal
 from collections.abc import Callable
+from contextlib import suppress
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 from typing import Any
@@ -60,7 +60,7 @@ def run_in_processes(
 def _require_well(receiver: Connection, process: SpawnProcess, setting: str) -> None:
     """Raise the error that the process reports, or a MachineError if it was killed before it could report anything."""
     try:
-        error = receiver.recv()
+        text = receiver.recv()
     except EOFError:
         process.join()
         raise MachineError(
@@ -69,8 +69,17 @@ def _require_well(receiver: Connection, process: SpawnProcess, setting: str) -> 
             found=f"signal {-(process.exitcode or 0)}" if (process.exitcode or 0) < 0 else f"exit {process.exitcode}",
             fix="see whether the machine's memory was short; run the same command again to go on",
         ) from None
-    if error is not None:
-        raise error
+    if text is not None:
+        raise _error(receiver, text)
+
+
+def _error(receiver: Connection, text: str) -> Exception:
+    """Return the error that follows its text, or a RuntimeError with the text if the error could not be sent."""
+    try:
+        error: Exception = receiver.recv()
+    except Exception:
+        return RuntimeError(text)
+    return error
 
 
 def _child(sender: Connection, parent_pid: int, work: Callable[..., None], arguments: tuple[Any, ...]) -> None:
@@ -81,13 +90,7 @@ def _child(sender: Connection, parent_pid: int, work: Callable[..., None], argum
         work(*arguments)
         sender.send(None)
     except Exception as error:
-        sender.send(_sendable(error))
-
-
-def _sendable(error: Exception) -> Exception:
-    """Return the error, or a RuntimeError with its type and text where it cannot be pickled and made again of that."""
-    try:
-        pickle.loads(pickle.dumps(error))
-    except Exception:
-        return RuntimeError(f"{type(error).__name__}: {error}")
-    return error
+        # The text goes first, because not every error can be sent.
+        sender.send(f"{type(error).__name__}: {error}")
+        with suppress(Exception):
+            sender.send(error)

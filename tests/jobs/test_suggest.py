@@ -111,7 +111,7 @@ def test_a_command_is_found_by_spelling_and_by_meaning(name: str, meant: str | N
         (
             ["run"],
             "capgap run: no run file is named; expected capgap run RUN [flags] [--SETTING VALUE ...]; `capgap ls` "
-            "lists those that are shipped, and `capgap init` writes one",
+            "lists the shipped ones, and `capgap init` writes one",
         ),
         (
             ["verify"],

@@ -130,7 +130,7 @@ def test_a_device_that_another_stage_holds_is_not_answered_on(make_run) -> None:
 @pytest.mark.parametrize(
     ("template", "said"),
     [
-        (None, r"the tokenizer has no chat template; expected one.*leave judge out"),
+        (None, r"the tokenizer has no chat template; expected a chat template.*leave judge out"),
         ("{{ raise_exception('no user here') }}", r"the chat template cannot be used; found no user here"),
         ("{% for", r"the chat template cannot be read"),
     ],

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import pytest
 import torch
 
 from capgap.kernels.sampling import sampled_rows, topk_rows
-from capgap.pipeline.store import Block, ShardReader, ShardWriter
+from capgap.pipeline.store import Batch, Block, SequenceLoader, ShardReader, ShardWriter
 from capgap.pipeline.store.codec import SAMPLED, SEQUENCES, TOPK_CODECS, Codec
 from capgap.pipeline.store.ranking import RANKING_NAME, Ranking
 from capgap.schemas.records import SampledTargets, Sequences, Targets, TopkTargets
@@ -121,3 +122,21 @@ def assert_same() -> Callable[[object, object], None]:
                 assert array.tobytes() == other.tobytes(), name
 
     return check
+
+
+def rows_of(batch: Batch) -> list[bytes]:
+    return [row.numpy().tobytes() for row in batch.input_ids_BL]
+
+
+def steps_of(ranks: list[SequenceLoader], parts: int = 1) -> list[list[bytes]]:
+    """The sequences of each step that these ranks still take, sorted; `parts` micro-batches a step on a rank."""
+    streams = [[rows_of(batch) for batch in rank] for rank in ranks]
+    assert len({len(stream) for stream in streams}) == 1
+    return [
+        sorted(row for stream in streams for rows in stream[first : first + parts] for row in rows)
+        for first in range(0, len(streams[0]), parts)
+    ]
+
+
+def loader_threads() -> list[str]:
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith("capgap-decode")]

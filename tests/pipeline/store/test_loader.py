@@ -8,14 +8,14 @@ import json
 import random
 import subprocess
 import sys
-import threading
 
 import pytest
 import torch
 
 from capgap.pipeline.store import Batch, LoaderSettings, SequenceLoader, ShardReader
 from capgap.pipeline.store.codec import SAMPLED, SEQUENCES, TOPK
-from capgap.schemas.errors import CorruptError, InputError
+from capgap.schemas.errors import InputError
+from tests.pipeline.store.conftest import loader_threads, rows_of, steps_of
 
 # 41 sequences in 7 members, so 2 lanes: steps of 4 leave one sequence over
 SIZES = ((7, 5), (9,), (1, 6, 8, 5))
@@ -41,20 +41,6 @@ def _all_same(a: list[Batch], b: list[Batch]) -> bool:
     return len(a) == len(b) and all(map(_same, a, b))
 
 
-def _rows(batch: Batch) -> list[bytes]:
-    return [row.numpy().tobytes() for row in batch.input_ids_BL]
-
-
-def _steps(ranks: list[SequenceLoader], parts: int = 1) -> list[list[bytes]]:
-    """The sequences of each step that these ranks still take, sorted; `parts` micro-batches a step on a rank."""
-    streams = [[_rows(batch) for batch in rank] for rank in ranks]
-    assert len({len(stream) for stream in streams}) == 1
-    return [
-        sorted(row for stream in streams for rows in stream[first : first + parts] for row in rows)
-        for first in range(0, len(streams[0]), parts)
-    ]
-
-
 @pytest.mark.parametrize("name", [SEQUENCES, SAMPLED, TOPK])
 @pytest.mark.parametrize("position", [0, 1, 9, 10, 11, 24, 25])
 def test_what_remains_after_a_resume_is_the_same_to_the_bit(codecs, make_reader, name: str, position: int) -> None:
@@ -73,7 +59,7 @@ def test_what_remains_after_a_resume_is_the_same_to_the_bit(codecs, make_reader,
 @pytest.mark.parametrize("num_kills", [15, pytest.param(200, marks=pytest.mark.slow)])
 def test_kills_and_resumes_with_other_ranks_and_micro_batches_take_the_same_steps(many, num_kills: int) -> None:
     """Killed after any step, and resumed with any number of ranks, micro-batches and threads."""
-    whole = _steps([SequenceLoader(many, LoaderSettings(128, 5, num_epochs=2, threads=0))])
+    whole = steps_of([SequenceLoader(many, LoaderSettings(128, 5, num_epochs=2, threads=0))])
     assert len(whole) == 18
     rng = random.Random(0)
     for _ in range(num_kills):
@@ -95,7 +81,7 @@ def test_kills_and_resumes_with_other_ranks_and_micro_batches_take_the_same_step
                 if state is not None:
                     rank.load_state_dict(state)
                 parts = share // micro_batch
-                mine = [_rows(batch) for batch in itertools.islice(rank, (stop - step) * parts)]
+                mine = [rows_of(batch) for batch in itertools.islice(rank, (stop - step) * parts)]
                 for number, expected in enumerate(whole[step:stop]):
                     rows = [row for part in mine[number * parts : (number + 1) * parts] for row in part]
                     assert len(rows) == share and set(rows) <= set(expected)
@@ -110,7 +96,7 @@ def test_after_random_kills_any_ranks_and_workers_go_on_to_the_bit(codecs, make_
     """Rank r of w has every w-th sequence, so the ranks' rows, dealt out in turn, are one process's in its order."""
     reader = make_reader(codecs[SAMPLED], SIZES)
     settings = {"batch_sequences": 12, "seed": 4, "num_epochs": 4}
-    whole = [_rows(batch) for batch in SequenceLoader(reader, LoaderSettings(**settings, threads=0))]
+    whole = [rows_of(batch) for batch in SequenceLoader(reader, LoaderSettings(**settings, threads=0))]
     assert len(whole) == 12
     rng = random.Random(1)
     for _ in range(num_kills):
@@ -133,7 +119,7 @@ def test_after_random_kills_any_ranks_and_workers_go_on_to_the_bit(codecs, make_
         for rank in ranks:
             rank.load_state_dict(killed.state_dict())
         batches.close()
-        steps = zip(*([_rows(batch) for batch in rank] for rank in ranks), strict=True)
+        steps = zip(*([rows_of(batch) for batch in rank] for rank in ranks), strict=True)
         found = [[row for dealt in zip(*parts, strict=True) for row in dealt] for parts in steps]
         assert found == whole[kill_step:], (kill_step, before, world_size, workers)
 
@@ -198,13 +184,13 @@ def test_a_process_that_is_killed_any_time_goes_on_with_the_batches_that_remaine
 
 @pytest.mark.parametrize("world_size", [2, 8, 64])
 def test_ranks_are_disjoint_and_together_take_the_steps_of_one(many, world_size: int) -> None:
-    alone = _steps([SequenceLoader(many, LoaderSettings(128, 1, num_epochs=2, threads=0))])
+    alone = steps_of([SequenceLoader(many, LoaderSettings(128, 1, num_epochs=2, threads=0))])
     ranks = [
         SequenceLoader(many, LoaderSettings(128, 1, num_epochs=2, rank=rank, world_size=world_size, threads=0))
         for rank in range(world_size)
     ]
     assert {len(rank) for rank in ranks} == {18}
-    assert _steps(ranks) == alone
+    assert steps_of(ranks) == alone
     assert all(len(set(step)) == 128 for step in alone)
     for epoch in (alone[:9], alone[9:]):
         assert len({row for step in epoch for row in step}) == 9 * 128, "no sequence twice in an epoch"
@@ -212,22 +198,22 @@ def test_ranks_are_disjoint_and_together_take_the_steps_of_one(many, world_size:
 
 @pytest.mark.parametrize("micro_batch", [1, 2, 4, 8])
 def test_smaller_micro_batches_hold_the_same_sequences_in_the_same_order(reader, micro_batch: int) -> None:
-    whole = [row for batch in SequenceLoader(reader, LoaderSettings(8, 1, num_epochs=3)) for row in _rows(batch)]
+    whole = [row for batch in SequenceLoader(reader, LoaderSettings(8, 1, num_epochs=3)) for row in rows_of(batch)]
     parts = SequenceLoader(reader, LoaderSettings(8, 1, num_epochs=3, micro_batch=micro_batch))
     assert len(parts) == 15 * 8 // micro_batch
-    assert [row for batch in parts for row in _rows(batch)] == whole
+    assert [row for batch in parts for row in rows_of(batch)] == whole
 
 
 @pytest.mark.parametrize("seed", [0, 1])
 def test_an_epoch_holds_no_sequence_twice_and_leaves_out_only_what_fills_no_step(reader, seed: int) -> None:
-    rows = [row for batch in SequenceLoader(reader, LoaderSettings(4, seed)) for row in _rows(batch)]
+    rows = [row for batch in SequenceLoader(reader, LoaderSettings(4, seed)) for row in rows_of(batch)]
     assert len(set(rows)) == len(rows) == 40
 
 
 def test_seeds_and_epochs_have_orders_of_their_own(reader) -> None:
     streams = [list(SequenceLoader(reader, LoaderSettings(4, seed, num_epochs=2))) for seed in (0, 1)]
     epochs = [part for stream in streams for part in (stream[:10], stream[10:])]
-    assert len({tuple(row for batch in epoch for row in _rows(batch)) for epoch in epochs}) == 4
+    assert len({tuple(row for batch in epoch for row in rows_of(batch)) for epoch in epochs}) == 4
 
 
 def test_every_rank_has_the_same_state_whatever_was_made_ahead(reader) -> None:
@@ -287,20 +273,16 @@ def test_what_cannot_be_divided_is_refused(reader, given, message: str) -> None:
         SequenceLoader(reader, LoaderSettings(**({"batch_sequences": 4, "seed": 0} | given)))
 
 
-def _threads() -> list[str]:
-    return [thread.name for thread in threading.enumerate() if thread.name.startswith("capgap-decode")]
-
-
 def test_threads_are_gone_after_the_last_batch_and_after_closing(reader) -> None:
     batches = iter(SequenceLoader(reader, LoaderSettings(4, 0, threads=3)))
     for _ in range(10):
         next(batches)
-    assert _threads() == [], "nobody need ask for an eleventh"
+    assert loader_threads() == [], "nobody need ask for an eleventh"
     batches = iter(SequenceLoader(reader, LoaderSettings(4, 0, threads=3)))
     next(batches)
-    assert _threads()
+    assert loader_threads()
     batches.close()
-    assert _threads() == []
+    assert loader_threads() == []
 
 
 def test_each_block_is_decoded_once_an_epoch_and_memory_is_bounded(many, monkeypatch) -> None:
@@ -322,87 +304,6 @@ def test_in_a_single_epoch_a_block_is_dropped_after_its_last_sequence(many) -> N
     assert held[-1] == 0
     list(itertools.islice(twice, 100))
     assert max(held) < 0.75 * twice.blocks.num_bytes, "a second epoch finds all of a small set decoded"
-
-
-def _damage(reader: ShardReader, shard: int, member: int) -> str:
-    """Turn a bit of that member; returns how errors name it."""
-    entry = reader.shard_set.shards[shard]
-    with (reader.place.folder / entry.file.path).open("r+b") as file:
-        file.seek(entry.member(member).offset + 20)
-        byte = file.read(1)[0]
-        file.seek(-1, 1)
-        file.write(bytes([byte ^ 1]))
-    return reader.name_of(shard, member)
-
-
-@pytest.mark.parametrize("threads", [0, 2])
-def test_a_damaged_member_stops_with_its_name_in_the_consumers_thread(many, threads: int) -> None:
-    name = _damage(many, 3, 7)
-    with pytest.raises(CorruptError, match=f"^{name} at byte .*checksum mismatch"):
-        list(SequenceLoader(many, LoaderSettings(4, 0, threads=threads)))
-    assert _threads() == []
-
-
-@pytest.fixture
-def large(codecs, make_reader) -> ShardReader:
-    """4096 sequences: 4 of them may be damaged."""
-    return make_reader(codecs[SEQUENCES], ((4,) * 128,) * 8)
-
-
-def test_a_skipped_sequence_is_replaced_by_the_next_good_one_of_its_window(large, caplog) -> None:
-    sound = list(SequenceLoader(large, LoaderSettings(64, 0)))
-    places = [place for number in range(64) for place in SequenceLoader(large, LoaderSettings(64, 0)).places(number)]
-    name = _damage(large, 3, 7)
-    loader = SequenceLoader(large, LoaderSettings(64, 0, on_corrupt="skip"))
-    found = list(loader)
-    assert len(found) == len(sound)
-    changed = [i for i in range(4096) if not torch.equal(_row(found, i), _row(sound, i))]
-    assert changed == [i for i, place in enumerate(places) if place[:2] == (3, 7)]
-    for i in changed:
-        # a window is 8 sequences of a lane, of which every 64th is one
-        first, within = i // 512 * 512 + i % 64, i // 64 % 8
-        others = [first + 64 * ((within + further) % 8) for further in range(8)]
-        good = next(other for other in others if other not in changed)
-        assert torch.equal(_row(found, i), _row(sound, good))
-    assert loader.skips.as_dict() == {name: 4}
-    assert [name in record.getMessage() for record in caplog.records] == [True]
-    for world_size, threads in ((2, 0), (8, 3)):
-        ranks = [
-            SequenceLoader(
-                large, LoaderSettings(64, 0, rank=r, world_size=world_size, threads=threads, on_corrupt="skip")
-            )
-            for r in range(world_size)
-        ]
-        assert _steps(ranks) == [sorted(_rows(batch)) for batch in found]
-    resumed = SequenceLoader(large, LoaderSettings(64, 0, on_corrupt="skip"))
-    resumed.load_state_dict(loader.state_dict())
-    assert resumed.skips.as_dict() == {name: 4}, "a resumed training still says what was skipped before"
-
-
-def _row(batches: list[Batch], index: int) -> torch.Tensor:
-    return batches[index // 64].input_ids_BL[index % 64]
-
-
-def test_more_damage_than_one_in_a_thousand_stops(large) -> None:
-    for shard, member in ((3, 7), (5, 1)):
-        _damage(large, shard, member)
-    with pytest.raises(CorruptError, match=r"too much is damaged .* found 8 sequences in 2 members, .* 4,"):
-        list(SequenceLoader(large, LoaderSettings(64, 0, on_corrupt="skip")))
-
-
-def test_what_was_repaired_since_a_training_was_interrupted_no_longer_counts(large) -> None:
-    path = large.place.folder / large.shard_set.shards[3].file.path
-    sound = path.read_bytes()
-    repaired = _damage(large, 3, 7)
-    before = SequenceLoader(large, LoaderSettings(64, 0, num_epochs=2, on_corrupt="skip"))
-    list(itertools.islice(before, 64))
-    path.write_bytes(sound)
-    found = _damage(large, 5, 1)
-    resumed = SequenceLoader(large, LoaderSettings(64, 0, num_epochs=2, on_corrupt="skip"))
-    resumed.load_state_dict(before.state_dict())
-    # each has 4 sequences, as many as may be damaged
-    assert len(list(resumed)) == 64
-    assert resumed.skips.as_dict() == {repaired: 4, found: 4}
 
 
 def test_batches_are_pinned_where_asked(reader) -> None:
