@@ -6,9 +6,8 @@ so the peak is known before the teacher starts.
 
 from __future__ import annotations
 
-import os
-
 from capgap.pipeline.stage.events import event
+from capgap.pipeline.stage.ray_cluster import joins_cluster
 from capgap.schemas.errors import MachineError
 from capgap.schemas.run_cache import CacheSettings
 
@@ -31,7 +30,7 @@ def held_shards(settings: CacheSettings, num_missing: int) -> int:
     """
     if settings.replicas == 1:
         return WRITING_THREADS + 1
-    return SHARDS_PER_REPLICA * (1 if os.environ.get("RAY_ADDRESS") else min(settings.replicas, num_missing))
+    return SHARDS_PER_REPLICA * (1 if joins_cluster() else min(settings.replicas, num_missing))
 
 
 def held_bytes(settings: CacheSettings, shard_targets: int, seq_len: int, num_shards: int = WRITING_THREADS + 1) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -17,6 +16,7 @@ from capgap.pipeline.corpus.unit import CorpusJob, UnitMaker
 from capgap.pipeline.corpus.whole import say_left_out
 from capgap.pipeline.models.tokenizers import load_tokenizer
 from capgap.pipeline.stage.context import StageContext, StageResult
+from capgap.pipeline.stage.ray_cluster import joins_cluster
 from capgap.pipeline.stage.workers import run_in_processes
 from capgap.pipeline.store.ranking import write_counts
 from capgap.schemas.errors import InputError
@@ -58,7 +58,7 @@ def make(job: CorpusJob) -> None:
     num_workers = min(job.settings.workers, num_missing)
     if num_workers > 1:
         with unit_meter(job, "corpus", list(range(job.units.total))) as meter:
-            if os.environ.get("RAY_ADDRESS"):
+            if joins_cluster():
                 # imported here: Ray is an extra
                 from capgap.pipeline.corpus.on_ray import make_on_ray
 

@@ -1,6 +1,6 @@
 """The command that the user typed, also in the processes that a driver or a launcher starts for it.
 
-their own command lines name temporary files, which are gone afterwards, so that nobody could run them again
+The command lines of such processes name temporary files that are gone afterwards, so nobody could run them again.
 """
 
 from __future__ import annotations

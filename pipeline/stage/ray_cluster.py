@@ -22,6 +22,11 @@ _OBJECT_STORE_BYTES = 80 << 20
 _CPU, _GPU = "CPU", "GPU"
 
 
+def joins_cluster() -> bool:
+    """Return whether stages join the Ray cluster that RAY_ADDRESS names, instead of starting one on this machine."""
+    return bool(os.environ.get("RAY_ADDRESS"))
+
+
 @dataclass(frozen=True)
 class Cluster:
     """A running Ray cluster.
@@ -83,7 +88,7 @@ def ray_cluster(num_actors: int, num_gpus: int, setting: str) -> Iterator[Cluste
             where=setting,
             fix=f"run {adding('ray')}, or start slices (`--slice any`), which need no Ray",
         )
-    joined = bool(os.environ.get("RAY_ADDRESS"))
+    joined = joins_cluster()
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # Ray's agents check for the death of their parent at this interval, and end after five checks
     os.environ.setdefault("RAY_DASHBOARD_AGENT_CHECK_PARENT_INTERVAL_S", "1")
