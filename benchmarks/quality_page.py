@@ -182,7 +182,7 @@ def picture(lines: list[Line]) -> str:
                 highest = max(found, key=lambda point: point[1])
                 axes.annotate(f"k = {k}", highest, (0, 6), textcoords="offset points", color=INK, ha="center")
         top = axes.get_xlim()[1]
-        axes.annotate("the teacher asked at each token", (top, 100), (-4, 3), textcoords="offset points", ha="right")
+        axes.annotate("online distillation", (top, 100), (-4, 3), textcoords="offset points", ha="right")
         axes.set_ylim(top=107)  # room for these words above all points
         axes.set_xlabel("bytes per token of the cache")
         axes.set_ylabel("share of the fall in KL, %")
